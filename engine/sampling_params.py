@@ -1,0 +1,47 @@
+"""What one request asks of the sampler, and when it wants to stop."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Immutable and already validated for type; ranges that depend on the model are checked by the engine.
+
+    The names are OpenAI's, and for its extensions those that vLLM made common.
+    """
+
+    n: int = 1
+    """How many continuations of the prompt; they share the prompt's KV blocks."""
+    max_tokens: int | None = None
+    """Output tokens at most; None means as many as the context length leaves."""
+    min_tokens: int = 0
+    """Before this many output tokens neither EOS nor a stop token may be sampled, and no stop string ends the text."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches p (nucleus sampling)."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one."""
+    seed: int | None = None
+    """With the same seed, prompt and parameters the same tokens come out, whatever else is in the batch."""
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    stop: tuple[str, ...] = ()
+    """Text that ends the output; it is never part of the text."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: no log-probabilities. k: those of the sampled token and of the k most likely ones."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0
