@@ -8,7 +8,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One sampled token's log-probability (natural log, of the model's raw distribution), and the best alternatives'."""
+    """A sampled token's log-probability (natural log, of the model's raw distribution), and the best alternatives'."""
 
     token_id: int
     logprob: float
@@ -20,8 +20,8 @@ class TokenLogprob:
 class Output:
     """What one step added to one of a request's ``n`` continuations.
 
-    ``text`` never holds part of a UTF-8 character nor any part of a stop string, so it can lag behind ``token_ids``; the
-    concatenation of all ``text`` is the whole answer. ``finish_reason`` is set on each continuation's last output only.
+    ``text`` never holds part of a UTF-8 character nor of a stop string, so it can lag behind ``token_ids``; the
+    concatenation of all ``text`` is the whole answer. ``finish_reason`` is set on a continuation's last output only.
     """
 
     index: int

@@ -1,0 +1,1 @@
+"""Decides what each step computes: requests, batching, KV blocks and their sharing. Standard library only."""

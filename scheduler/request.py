@@ -1,0 +1,138 @@
+"""What is scheduled: a request, and each of its continuations as a sequence of tokens with a block table."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from scheduler.prefix_index import block_key, root_key
+
+
+class Status(Enum):
+    """Where a sequence is."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRule:
+    """When a sequence ends by its tokens alone (stop strings need text, and are the engine's to find)."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+
+    def finish_reason(self, num_output_tokens: int, last_token: int) -> str | None:
+        """``"stop"``, ``"length"`` or, while the sequence goes on, None."""
+        if last_token in self.stop_token_ids and num_output_tokens > self.min_tokens:
+            return "stop"
+        return "length" if num_output_tokens >= self.max_tokens else None
+
+
+class Request:
+    """A prompt and its ``n`` continuations. The prompt is computed once; the continuations fork from it."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: Iterable[int],
+        stop: StopRule,
+        *,
+        n: int = 1,
+        cache_salt: str | None = None,
+    ) -> None:
+        tokens = array("i", prompt)
+        if not tokens:
+            raise ValueError("a prompt has at least one token")
+        if n < 1 or stop.max_tokens < 1:
+            raise ValueError("n and max_tokens are at least 1")
+        self.request_id = request_id
+        self.stop = stop
+        self.n = n
+        self.num_prompt_tokens = len(tokens)
+        self.cached_tokens: int | None = None
+        """Prompt tokens whose KV the prefix cache held when the request was first admitted; None until then."""
+        self.sequences = [Sequence(self, 0, tokens, root_key(cache_salt))]
+
+    @property
+    def forked(self) -> bool:
+        """Whether all continuations exist already."""
+        return len(self.sequences) == self.n
+
+    @property
+    def finished(self) -> bool:
+        """Whether every continuation has ended (an abort before the fork ends them all)."""
+        return all(s.status is Status.FINISHED for s in self.sequences)
+
+    @property
+    def max_num_tokens(self) -> int:
+        """The longest that any of its sequences can become."""
+        return self.num_prompt_tokens + self.stop.max_tokens
+
+
+class Sequence:
+    """One continuation: its tokens, how many of them are computed, and the blocks that hold their KV.
+
+    Each step ``num_computed_tokens`` catches up with ``num_tokens``: prefill, chunked prefill, a prefix hit,
+    recomputation after preemption and decoding differ only in how far there is to go.
+    """
+
+    __slots__ = (
+        "_keys",
+        "_root",
+        "block_table",
+        "finish_reason",
+        "index",
+        "num_computed_tokens",
+        "request",
+        "status",
+        "tokens",
+    )
+
+    def __init__(self, request: Request, index: int, tokens: array[int], root: bytes) -> None:
+        self.request = request
+        self.index = index
+        self.tokens = tokens
+        self.num_computed_tokens = 0
+        self.block_table: array[int] = array("i")
+        self.status = Status.WAITING
+        self.finish_reason: str | None = None
+        self._root = root
+        self._keys: list[bytes] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together."""
+        return len(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.tokens) - self.request.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """How far there is to go."""
+        return len(self.tokens) - self.num_computed_tokens
+
+    def block_keys(self, count: int, block_size: int) -> list[bytes]:
+        """The prefix-index keys of the first ``count`` full blocks."""
+        keys = self._keys
+        while len(keys) < count:
+            start = len(keys) * block_size
+            keys.append(block_key(keys[-1] if keys else self._root, self.tokens[start : start + block_size]))
+        return keys[:count]
+
+    def fork(self, index: int) -> Sequence:
+        """A continuation with the same past. The caller shares the blocks."""
+        child = Sequence(self.request, index, self.tokens[:], self._root)
+        child.num_computed_tokens = self.num_computed_tokens
+        child.block_table = self.block_table[:]
+        child._keys = self._keys[:]
+        child.status = self.status
+        self.request.sequences.append(child)
+        return child
