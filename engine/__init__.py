@@ -1,0 +1,1 @@
+"""Runs models: async engine, model runner, models, KV cache storage, sampling, weights."""

@@ -1,9 +1,8 @@
 """What the engine sends back for a request, piece by piece."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+from scheduler.request import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""What models are made of: linear maps over weight formats, rotary frequencies."""

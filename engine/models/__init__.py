@@ -1,0 +1,1 @@
+"""The models: what distinguishes each architecture, and the decoder that runs them all."""

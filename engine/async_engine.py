@@ -1,0 +1,258 @@
+"""The engine as its clients see it: submit a prompt, iterate over what comes out, abort at any moment.
+
+One asyncio task runs the loop schedule → execute → update → deliver; only `execute` leaves the event loop, for a worker
+thread. The loop sleeps while there is no work and never waits for a client.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from engine.config import EngineConfig
+from engine.engine_info import EngineInfo
+from engine.errors import EngineDeadError, InvalidRequestError
+from engine.model_runner import ModelRunner
+from engine.observer import EngineObserver, NullObserver
+from engine.request_state import RequestState, RequestStream
+from engine.sampler import Sample, SampleRow
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+from scheduler.batch import ScheduledBatch
+from scheduler.request import Request, StopRule
+from scheduler.scheduler import Scheduler
+
+logger = logging.getLogger("octavo.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot."""
+
+    num_running: int
+    num_waiting: int
+    used_blocks: int
+    num_blocks: int
+    block_size: int
+
+    @property
+    def kv_usage(self) -> float:
+        """The share of the KV blocks that sequences hold, 0 to 1."""
+        return self.used_blocks / self.num_blocks
+
+
+class AsyncEngine:
+    """Serves requests from one model. Everything but the model's step runs on the event loop that called `start`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        info: EngineInfo,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        *,
+        default_sampling: Mapping[str, float] | None = None,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        self.config = config
+        self.info = info
+        self.default_sampling: Mapping[str, float] = default_sampling or {}
+        """What the checkpoint's generation_config.json recommends, under the names of `SamplingParams`."""
+        self.tokenizer = tokenizer
+        self.observer: EngineObserver = observer or NullObserver()
+        self._scheduler = scheduler
+        self._runner = runner
+        self._states: dict[str, RequestState] = {}
+        self._seeds = random.Random(config.seed)
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._failure: EngineDeadError | None = None
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called unless the server is told otherwise."""
+        return self.info.model_name
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output together, at most."""
+        return self.info.max_model_len
+
+    # What clients call
+
+    async def start(self) -> None:
+        """Begin to serve."""
+        self._task = asyncio.create_task(self._run(), name="octavo-engine")
+
+    async def stop(self) -> None:
+        """End the loop; whatever is still open is aborted."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        for state in list(self._states.values()):
+            self._abort(state)
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        cache_salt: str | None = None,
+    ) -> RequestStream:
+        """Queue a prompt (token ids) without waiting for anything.
+
+        Raises InvalidRequestError if the request can never be served, EngineDeadError if the engine has failed.
+        """
+        if not self.is_ready():
+            raise self._failure or EngineDeadError("the engine is not running")
+        if request_id in self._states:
+            raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
+        request = self._request(prompt, params, request_id, cache_salt)
+        stream = RequestStream(request_id, len(prompt), lambda: self._abort(state))
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
+        state = RequestState(request, params, seed, self.tokenizer, stream)
+        self._states[request_id] = state
+        self._scheduler.add(request)
+        self._wake.set()
+        return stream
+
+    def is_healthy(self) -> bool:
+        """Whether the loop has not failed."""
+        return self._failure is None
+
+    def is_ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._failure is None and self._task is not None and not self._task.done()
+
+    def stats(self) -> EngineStats:
+        """How much is going on right now."""
+        pool = self._scheduler.pool
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            used_blocks=pool.num_used,
+            num_blocks=pool.num_blocks,
+            block_size=self._scheduler.config.block_size,
+        )
+
+    # A request's way in and out
+
+    def _request(
+        self, prompt: Sequence[int], params: SamplingParams, request_id: str, cache_salt: str | None
+    ) -> Request:
+        self._check_prompt(prompt)
+        room = self.info.max_model_len - len(prompt)
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        if room < 1 or max_tokens > room:
+            asked = "" if params.max_tokens is None else f" and {params.max_tokens} output tokens were asked for"
+            raise InvalidRequestError(
+                f"the model's context length is {self.info.max_model_len} tokens; "
+                f"the prompt has {len(prompt)}{asked}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if max_tokens < 1:
+            raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
+        if params.min_tokens > max_tokens:
+            raise InvalidRequestError(f"min_tokens is more than max_tokens ({max_tokens})", param="min_tokens")
+        self._check_ids(params.logit_bias, "logit_bias")
+        self._check_ids(params.stop_token_ids, "stop_token_ids")
+        refusal = self._scheduler.refusal(len(prompt) + max_tokens, params.n)
+        if refusal is not None:
+            raise InvalidRequestError(refusal, param="n" if params.n > 1 else "max_tokens")
+        eos = frozenset() if params.ignore_eos else self.tokenizer.eos_token_ids
+        rule = StopRule(
+            max_tokens=max_tokens, min_tokens=params.min_tokens, stop_token_ids=eos | set(params.stop_token_ids)
+        )
+        return Request(request_id, prompt, rule, n=params.n, cache_salt=cache_salt)
+
+    def _check_prompt(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty", param="prompt")
+        self._check_ids((min(prompt), max(prompt)), "prompt")
+
+    def _check_ids(self, ids: Iterable[int], param: str) -> None:
+        for token in ids:
+            if not 0 <= token < self.info.vocab_size:
+                raise InvalidRequestError(
+                    f"token id {token} is outside the vocabulary of {self.info.vocab_size}", param=param
+                )
+
+    def _abort(self, state: RequestState) -> None:
+        if self._states.pop(state.request.request_id, None) is not None:
+            self._scheduler.abort(state.request)
+            state.end("abort", self.observer)
+
+    # The loop
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, thread_name_prefix="octavo-model") as worker:
+            try:
+                while True:
+                    if not self._scheduler.has_work:
+                        self._wake.clear()
+                        await self._wake.wait()
+                    batch, rows = self._prepare()
+                    samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows)
+                    self._finish_step(batch, samples)
+            except Exception as error:  # noqa: BLE001 — whatever it is, no request may hang on a dead loop
+                self._fail(error)
+
+    def _prepare(self) -> tuple[ScheduledBatch, list[SampleRow]]:
+        counters = self._scheduler.counters
+        queried, hit = counters.prefix_queried_tokens, counters.prefix_hit_tokens
+        batch = self._scheduler.schedule()
+        if counters.prefix_queried_tokens > queried:
+            self.observer.on_prefix_cache(
+                queried_tokens=counters.prefix_queried_tokens - queried, hit_tokens=counters.prefix_hit_tokens - hit
+            )
+        if batch.num_preempted:
+            self.observer.on_preemption(batch.num_preempted)
+        now = time.perf_counter()
+        rows: list[SampleRow] = []
+        for item in batch.items:
+            state = self._states[item.sequence.request.request_id]
+            if state.first_step is None:
+                state.first_step = now
+                state.stream.cached_tokens = state.request.cached_tokens or 0
+                self.observer.on_tokens(prompt=state.request.num_prompt_tokens, generated=0)
+            rows += state.rows(item.sequence, item.num_samples)
+        return batch, rows
+
+    def _finish_step(self, batch: ScheduledBatch, samples: list[list[Sample]]) -> None:
+        appended = self._scheduler.update(batch, [[sample.token for sample in group] for group in samples])
+        now = time.perf_counter()
+        for new in appended:
+            request_id = new.sequence.request.request_id
+            state = self._states[request_id]
+            if state.deliver(new.sequence, samples[new.item][new.sample], now, self.observer):
+                self._scheduler.finish(new.sequence, "stop")
+            if state.ended:
+                del self._states[request_id]
+        self._observe_step(batch, len(appended))
+
+    def _observe_step(self, batch: ScheduledBatch, generated: int) -> None:
+        self.observer.on_tokens(prompt=0, generated=generated)
+        stats = self.stats()
+        self.observer.on_step(
+            scheduled_tokens=batch.num_tokens,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            kv_usage=stats.kv_usage,
+        )
+
+    def _fail(self, error: Exception) -> None:
+        """The loop is dead: say so, and leave no client waiting."""
+        logger.exception("the engine's loop failed", exc_info=error)
+        self._failure = EngineDeadError("the engine has failed; see the server's log")
+        for state in list(self._states.values()):
+            self._scheduler.abort(state.request)
+            state.end("error", self.observer, self._failure)
+        self._states.clear()

@@ -1,0 +1,45 @@
+"""The facts about a running engine that its start log states and its users ask for."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What was loaded, and how much it can hold."""
+
+    model_name: str
+    architecture: str
+    dtype: str
+    device: str
+    threads: int
+    vocab_size: int
+    max_model_len: int
+    weight_bytes: int
+    num_blocks: int
+    block_size: int
+    kv_bytes: int
+    load_seconds: float
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def full_length_requests(self) -> float:
+        """How many requests of the full context length the KV cache holds at a time."""
+        return self.kv_tokens / self.max_model_len
+
+    def lines(self) -> list[str]:
+        """The start log."""
+        return [
+            f"model {self.model_name} ({self.architecture}), {self.dtype} on {self.device}, "
+            f"{self.threads} thread{'s' if self.threads > 1 else ''}",
+            f"weights {_size(self.weight_bytes)}, loaded in {self.load_seconds:.1f} s",
+            f"KV cache {_size(self.kv_bytes)}: {self.kv_tokens:,} tokens in {self.num_blocks:,} blocks of "
+            f"{self.block_size}, {self.full_length_requests:.1f} requests at the full {self.max_model_len:,} tokens",
+        ]
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f} MiB"

@@ -1,0 +1,60 @@
+"""One step's tensors: the scheduled sequences' tokens, of any number each, laid end to end."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scheduler.batch import ScheduledSequence
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """B sequences with T tokens in all, of which R positions' logits are wanted."""
+
+    tokens: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64: where in its sequence each token stands."""
+    slots: Tensor
+    """[T] int64: block · block_size + offset, where each token's key and value go."""
+    query_start: Tensor
+    """[B + 1] int32: sequence b's tokens are query_start[b] … query_start[b + 1] − 1."""
+    seq_lens: Tensor
+    """[B] int32: tokens in the KV cache, this step's included."""
+    block_tables: Tensor
+    """[B, M] int32; entries beyond a sequence's blocks are 0 and mean nothing."""
+    logits_rows: Tensor
+    """[R] int64: indices into T."""
+
+    @classmethod
+    def build(cls, items: Sequence[ScheduledSequence], block_size: int, device: torch.device) -> "ForwardBatch":
+        """Lay out the scheduled sequences."""
+        counts = np.array([len(item.tokens) for item in items], dtype=np.int64)
+        starts = np.array([item.start for item in items], dtype=np.int64)
+        tables = np.zeros((len(items), max(len(item.block_table) for item in items)), dtype=np.int32)
+        tokens = array("i")
+        for row, item in zip(tables, items, strict=True):
+            tokens.extend(item.tokens)
+            row[: len(item.block_table)] = item.block_table
+        ends = np.cumsum(counts)
+        owner = np.repeat(np.arange(len(items)), counts)
+        positions = np.arange(len(tokens)) + (starts - ends + counts)[owner]
+        slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        sampled = np.array([item.num_samples > 0 for item in items])
+
+        def on_device(values: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", dtype: type) -> Tensor:
+            return torch.from_numpy(values.astype(dtype, copy=False)).to(device, non_blocking=True)
+
+        return cls(
+            tokens=on_device(np.array(tokens), np.int64),
+            positions=on_device(positions, np.int64),
+            slots=on_device(slots, np.int64),
+            query_start=on_device(np.concatenate(([0], ends)), np.int32),
+            seq_lens=on_device(starts + counts, np.int32),
+            block_tables=torch.from_numpy(tables).to(device, non_blocking=True),
+            logits_rows=on_device(ends[sampled] - 1, np.int64),
+        )

@@ -1,0 +1,113 @@
+"""From a configuration to an engine that is ready to start: open, check, load, fit the KV cache."""
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from engine.async_engine import AsyncEngine
+from engine.config import EngineConfig
+from engine.engine_info import EngineInfo
+from engine.errors import ConfigError
+from engine.kv_cache import KVCache
+from engine.memory import plan_memory
+from engine.model_runner import ModelRunner
+from engine.models.config import ModelConfig
+from engine.models.decoder import Decoder
+from engine.models.loading import load_decoder, num_bytes
+from engine.models.registry import model_config
+from engine.observer import EngineObserver
+from engine.weights.checkpoint import Checkpoint, open_checkpoint
+from scheduler.scheduler import Scheduler, SchedulerConfig
+
+_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def load_engine(config: EngineConfig, observer: EngineObserver | None = None) -> AsyncEngine:
+    """Load the model and size its memory; takes seconds. Raises OctavoError, in one line, for what cannot work."""
+    began = time.perf_counter()
+    device = pick_device(config.device)
+    threads = config.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    checkpoint = open_checkpoint(config.model, revision=config.revision)
+    model = model_config(checkpoint.config)
+    dtype = pick_dtype(config.dtype, device)
+    plan = plan_memory(config, model, dtype, device)
+    decoder = _load(checkpoint, model, dtype, device)
+    cache = KVCache(model, num_blocks=plan.num_blocks, block_size=config.block_size, dtype=dtype, device=device)
+    info = EngineInfo(
+        model_name=checkpoint.name,
+        architecture=model.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        threads=threads,
+        vocab_size=model.vocab_size,
+        max_model_len=plan.max_model_len,
+        weight_bytes=decoder.nbytes,
+        num_blocks=plan.num_blocks,
+        block_size=config.block_size,
+        kv_bytes=plan.num_blocks * KVCache.block_bytes(model, config.block_size, dtype),
+        load_seconds=time.perf_counter() - began,
+    )
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_blocks=plan.num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            prefix_caching=config.prefix_caching,
+        )
+    )
+    return AsyncEngine(
+        config,
+        info,
+        checkpoint.tokenizer,
+        scheduler,
+        ModelRunner(decoder, cache),
+        default_sampling=_default_sampling(checkpoint.generation_config),
+        observer=observer,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` takes the GPU where there is one. Raises ConfigError if it is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; `auto` takes bfloat16 where the device multiplies it natively, else float32.
+
+    On CPUs that is AVX-512-BF16 or AMX: half the bytes of float32 and, measured on SmolLM2-135M with one row, 6 ms
+    instead of 35 ms a step (docs/performance.md). Without those instructions bfloat16 is emulated, and slower.
+    """
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _load(checkpoint: Checkpoint, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+    with tqdm(
+        total=num_bytes(model, dtype), unit="B", unit_scale=True, unit_divisor=1024, desc="loading weights", leave=False
+    ) as bar:
+        return load_decoder(model, checkpoint.tensors, dtype=dtype, device=device, progress=bar.update)
+
+
+def _default_sampling(generation_config: Mapping[str, Any]) -> dict[str, float]:
+    """What a generation_config.json recommends, where it samples at all; a wrong type is ignored."""
+    if not generation_config.get("do_sample", False):
+        return {}
+    return {
+        name: value
+        for name in _SAMPLING_DEFAULTS
+        if isinstance(value := generation_config.get(name), int | float) and not isinstance(value, bool)
+    }

@@ -1,0 +1,33 @@
+"""Computes a scheduled step: lays the batch out, runs the model over it, samples."""
+
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+
+from engine.forward_batch import ForwardBatch
+from engine.kv_cache import KVCache
+from engine.models.decoder import Decoder
+from engine.sampler import Sample, SampleRow, sample
+from scheduler.batch import ScheduledBatch
+
+
+class ModelRunner:
+    """Owns the model and its KV cache; one thread at a time calls it."""
+
+    def __init__(self, model: Decoder, cache: KVCache) -> None:
+        self.model = model
+        self.cache = cache
+        self._device = model.embedding.device
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch, rows: Sequence[SampleRow]) -> list[list[Sample]]:
+        """Compute one step. ``rows`` holds each item's ``num_samples`` rows in turn; so does, by item, the answer."""
+        self.cache.copy_blocks(batch.copies)
+        forward = ForwardBatch.build(batch.items, self.cache.block_size, self._device)
+        logits = self.model(forward, self.cache)
+        repeats = [item.num_samples for item in batch.items if item.num_samples > 0]
+        if len(rows) > len(repeats):  # a prompt forks: each continuation draws from the same logits
+            logits = logits.repeat_interleave(torch.tensor(repeats, device=self._device), dim=0)
+        samples = iter(sample(logits, rows) if rows else [])
+        return [list(islice(samples, item.num_samples)) for item in batch.items]

@@ -1,0 +1,113 @@
+"""The decoder that every architecture here is: embedding, blocks of attention and gated MLP, norm, head."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.forward_batch import ForwardBatch
+from engine.kv_cache import KVCache, LayerCache
+from engine.layers.linear import Linear
+from engine.layers.rope import RotaryEmbedding
+from engine.models.config import ModelConfig
+from kernels import ops
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Grouped-query attention with rotary positions over the paged KV cache."""
+
+    qkv: Linear
+    output: Linear
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+    norm_eps: float
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+
+    def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor], batch: ForwardBatch, cache: LayerCache) -> Tensor:
+        """x [T, hidden] → [T, hidden]; writes the step's keys and values into ``cache``."""
+        qkv = self.qkv(x).view(len(x), -1, self.head_dim)
+        query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            query = ops.rms_norm(query, self.query_norm, self.norm_eps)
+            key = ops.rms_norm(key, self.key_norm, self.norm_eps)
+        ops.rotary_embedding(query, key, *rotation)
+        ops.kv_write(key, value, cache.key, cache.value, batch.slots)
+        attended = ops.paged_attention(
+            query,
+            cache.key,
+            cache.value,
+            batch.block_tables,
+            batch.query_start,
+            batch.seq_lens,
+            self.head_dim**-0.5,
+            self.window,
+        )
+        return self.output(attended.view(len(x), -1))
+
+
+@dataclass(frozen=True, slots=True)
+class MLP:
+    """down(silu(gate x) · up x), gate and up in one matmul."""
+
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] → [T, hidden]."""
+        return self.down(ops.silu_and_mul(self.gate_up(x)))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One layer. The residual stream is updated in place by the norm that reads it next."""
+
+    input_norm: Tensor
+    attention: Attention
+    post_norm: Tensor
+    mlp: MLP
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A whole model, weights included."""
+
+    config: ModelConfig
+    embedding: Tensor
+    """[vocab, hidden]."""
+    blocks: tuple[Block, ...]
+    final_norm: Tensor
+    head: Linear
+    rotary: RotaryEmbedding
+
+    def __call__(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Compute the step's tokens; returns the logits [R, vocab] of ``batch.logits_rows`` in the model's dtype."""
+        eps = self.config.norm_eps
+        rotation = self.rotary(batch.positions)
+        residual = torch.nn.functional.embedding(batch.tokens, self.embedding)
+        update: Tensor | None = None
+        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+            if update is None:
+                x = ops.rms_norm(residual, block.input_norm, eps)
+            else:
+                x = ops.rms_norm(update, block.input_norm, eps, residual)
+            attended = block.attention(x, rotation, batch, layer_cache)
+            update = block.mlp(ops.rms_norm(attended, block.post_norm, eps, residual))
+        if update is not None:
+            residual += update
+        wanted = residual if len(batch.logits_rows) == len(residual) else residual[batch.logits_rows]
+        return self.head(ops.rms_norm(wanted, self.final_norm, eps))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        linears = [
+            linear
+            for block in self.blocks
+            for linear in (block.attention.qkv, block.attention.output, block.mlp.gate_up, block.mlp.down)
+        ]
+        head = 0 if self.config.tie_embeddings else self.head.nbytes
+        return self.embedding.nbytes + head + sum(linear.nbytes for linear in linears)

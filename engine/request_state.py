@@ -1,0 +1,153 @@
+"""A request between the engine and its client: its text as it grows, its times, and the stream that carries both."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from engine.errors import OctavoError
+from engine.observer import EngineObserver, RequestRecord
+from engine.outputs import Output
+from engine.sampler import Sample, SampleRow
+from engine.sampling_params import SamplingParams
+from engine.text_stream import TextStream
+from engine.tokenizer import Tokenizer
+from scheduler.request import FinishReason, Request, Sequence
+
+
+class RequestStream:
+    """An async iterator over a request's outputs, of all its continuations, ending when the last one has ended."""
+
+    def __init__(self, request_id: str, prompt_tokens: int, abort: Callable[[], None]) -> None:
+        self.request_id = request_id
+        self.prompt_tokens = prompt_tokens
+        self.cached_tokens = 0
+        """Prompt tokens found in the prefix cache; known from the first output on."""
+        self._abort = abort
+        self._queue: asyncio.Queue[Output | OctavoError | None] = asyncio.Queue()
+        self._ended = False
+
+    def __aiter__(self) -> "RequestStream":
+        return self
+
+    async def __anext__(self) -> Output:
+        """The next output. Raises OctavoError if the engine failed."""
+        if self._ended and self._queue.empty():
+            raise StopAsyncIteration
+        item = await self._queue.get()
+        if isinstance(item, Output):
+            return item
+        self._ended = True
+        if item is None:
+            raise StopAsyncIteration
+        raise item
+
+    def abort(self) -> None:
+        """End the request now and free all that it holds; nothing happens if it has ended."""
+        self._abort()
+
+    def put(self, item: Output | OctavoError | None) -> None:
+        """For the engine: an output, the end (None) or a failure."""
+        self._queue.put_nowait(item)
+
+
+class Continuation:
+    """One of the request's ``n`` answers: its text so far and when its tokens came."""
+
+    __slots__ = ("first_token", "index", "last_token", "open", "text")
+
+    def __init__(self, index: int, text: TextStream) -> None:
+        self.index = index
+        self.text = text
+        self.open = True
+        self.first_token: float | None = None
+        self.last_token = 0.0
+
+
+class RequestState:
+    """What the engine keeps of a request from `submit` until its last continuation has ended."""
+
+    def __init__(
+        self, request: Request, params: SamplingParams, seed: int, tokenizer: Tokenizer, stream: RequestStream
+    ) -> None:
+        self.request = request
+        self.stream = stream
+        self.first_step: float | None = None
+        self._params = params
+        self._seed = seed
+        self._arrival = time.perf_counter()
+        self._continuations = [Continuation(i, TextStream(tokenizer, params.stop)) for i in range(request.n)]
+
+    @property
+    def ended(self) -> bool:
+        """Whether every continuation's end has been told to the client."""
+        return not any(continuation.open for continuation in self._continuations)
+
+    def rows(self, sequence: Sequence, num_samples: int) -> list[SampleRow]:
+        """What the sampler needs to know to draw the next ``num_samples`` tokens after ``sequence``."""
+        return [
+            SampleRow(
+                params=self._params,
+                seed=(self._seed & (2**64 - 1)) << 32 | index,
+                tokens=sequence.tokens,
+                num_prompt_tokens=self.request.num_prompt_tokens,
+                stop_token_ids=self.request.stop.stop_token_ids,
+            )
+            for index in range(sequence.index, sequence.index + num_samples)
+        ]
+
+    def deliver(self, sequence: Sequence, sample: Sample, now: float, observer: EngineObserver) -> bool:
+        """Send a token's output on. True if its text completed a stop string, so that the sequence must end."""
+        continuation = self._continuations[sequence.index]
+        self._observe_token(continuation, now, observer)
+        may_stop = sequence.num_output_tokens > self._params.min_tokens
+        piece = continuation.text.push(sample.token, may_stop=may_stop)
+        text, reason = piece.text, sequence.finish_reason
+        stop_reason: int | str | None = piece.stop
+        if piece.stop is not None:
+            reason = "stop"
+        elif reason is not None:
+            text += continuation.text.finish()
+            if reason == "stop" and sample.token in self._params.stop_token_ids:
+                stop_reason = sample.token
+        logprobs = () if sample.logprob is None else (sample.logprob,)
+        self.stream.put(Output(continuation.index, text, (sample.token,), logprobs, reason, stop_reason))
+        if reason is not None:
+            self._close(continuation, reason, now, observer)
+            if self.ended:
+                self.stream.put(None)
+        return piece.stop is not None
+
+    def end(self, reason: FinishReason, observer: EngineObserver, error: OctavoError | None = None) -> None:
+        """End what is still open, from outside: an abort, or the engine's failure."""
+        if self.ended:
+            return
+        for continuation in self._continuations:
+            if continuation.open:
+                self._close(continuation, reason, time.perf_counter(), observer)
+        self.stream.put(error)
+
+    def _observe_token(self, continuation: Continuation, now: float, observer: EngineObserver) -> None:
+        if continuation.first_token is None:
+            continuation.first_token = now
+            if continuation.index == 0:
+                observer.on_first_token(now - self._arrival)
+        else:
+            observer.on_inter_token(now - continuation.last_token)
+        continuation.last_token = now
+
+    def _close(self, continuation: Continuation, reason: FinishReason, now: float, observer: EngineObserver) -> None:
+        continuation.open = False
+        first_step, first_token = self.first_step, continuation.first_token
+        sequences = self.request.sequences
+        forked = continuation.index < len(sequences)
+        observer.on_finish(
+            RequestRecord(
+                finish_reason=reason,
+                prompt_tokens=self.request.num_prompt_tokens,
+                generated_tokens=sequences[continuation.index].num_output_tokens if forked else 0,
+                e2e_seconds=now - self._arrival,
+                queue_seconds=None if first_step is None else first_step - self._arrival,
+                prefill_seconds=None if first_step is None or first_token is None else first_token - first_step,
+                decode_seconds=None if first_token is None else continuation.last_token - first_token,
+            )
+        )

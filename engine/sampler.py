@@ -1,0 +1,143 @@
+"""From logits to tokens: each row by its own request's parameters, all rows of a step together.
+
+Order of operations: logit bias, penalties and forbidden tokens on the logits; then temperature, top-k, top-p (over what
+top-k left, renormalized) and min-p; then one draw. It is the order of transformers' generation processors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from engine.logit_adjustments import adjust
+from engine.outputs import TokenLogprob
+from engine.sampling_params import SamplingParams
+
+_CANDIDATES = 1024
+"""Filtering sorts this many most likely tokens first; a row that they do not decide is sorted whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """Whose token a row of logits decides."""
+
+    params: SamplingParams
+    seed: int
+    """The continuation's own: with the position it decides the draw, so that batching and preemption do not."""
+    tokens: Sequence[int]
+    """Prompt and output so far."""
+    num_prompt_tokens: int
+    stop_token_ids: frozenset[int]
+    """What ends the sequence, and may not be sampled before ``min_tokens``."""
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    def uniform(self) -> float:
+        """The draw in [0, 1) that decides this row's token: a hash of seed and position, equal on every machine."""
+        digest = blake2b(self.seed.to_bytes(16, "little") + len(self.tokens).to_bytes(8, "little"), digest_size=8)
+        return (int.from_bytes(digest.digest(), "little") >> 11) * 2.0**-53
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A sampled token, with its log-probability if that was asked for."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sample]:
+    """logits [R, vocab] of any float dtype, one row each; they are not changed."""
+    raw = logits
+    if any(not row.params.greedy for row in rows):
+        logits = logits.float()
+    logits = adjust(logits, rows)
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    random = [index for index, row in enumerate(rows) if not row.params.greedy]
+    if random:
+        drawn = _draw(logits[random] if len(random) < len(rows) else logits, [rows[index] for index in random])
+        for index, token in zip(random, drawn, strict=True):
+            tokens[index] = token
+    logprobs = _logprobs(raw, rows, tokens)
+    return [Sample(token, logprobs.get(index)) for index, token in enumerate(tokens)]
+
+
+def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """One token for each row of float32 logits [R, vocab]."""
+    scaled = logits / _column([max(row.params.temperature, 1e-5) for row in rows], logits)
+    uniform = _column([row.uniform() for row in rows], logits, torch.float64)
+    if not any(_is_filtered(row.params) for row in rows):
+        return _pick(scaled.softmax(dim=-1), uniform).tolist()  # type: ignore[no-any-return]
+    vocab = scaled.shape[-1]
+    count = min(vocab, max(_CANDIDATES, *(row.params.top_k for row in rows)))
+    tokens, decided = _draw_among(scaled, rows, uniform, count)
+    undecided = [index for index, ok in enumerate(decided) if not ok]
+    if undecided:
+        redrawn, _ = _draw_among(scaled[undecided], [rows[i] for i in undecided], uniform[undecided], vocab)
+        for index, token in zip(undecided, redrawn, strict=True):
+            tokens[index] = token
+    return tokens
+
+
+def _draw_among(
+    scaled: Tensor, rows: Sequence[SampleRow], uniform: Tensor, count: int
+) -> tuple[list[int], list[bool]]:
+    """Draw from the ``count`` most likely tokens; also, for each row, whether the filters keep none beyond them."""
+    values, candidates = scaled.topk(count, dim=-1)
+    probs = (values - scaled.logsumexp(dim=-1, keepdim=True)).exp()
+    vocab = scaled.shape[-1]
+    rank = torch.arange(count, device=scaled.device)
+    top_k = _column([row.params.top_k or vocab for row in rows], scaled, torch.int64)
+    probs = probs * (rank < top_k)
+    mass = probs.cumsum(dim=-1)
+    # Renormalizing by what top-k left; where there is no top-k, all tokens count, also those beyond the candidates.
+    total = torch.where(top_k <= count, mass[:, -1:], torch.ones_like(mass[:, -1:]))
+    top_p = _column([row.params.top_p for row in rows], scaled)
+    min_p = _column([row.params.min_p for row in rows], scaled)
+    kept = (mass - probs < top_p * total) & (probs >= min_p * probs[:, :1])
+    decided = (top_k <= count) | (mass[:, -1:] >= top_p * total) | (probs[:, -1:] < min_p * probs[:, :1])
+    chosen = _pick(probs * kept, uniform)
+    tokens: list[int] = candidates.gather(1, chosen.unsqueeze(1)).squeeze(1).tolist()
+    complete: list[bool] = (decided.squeeze(1) | (count == vocab)).tolist()
+    return tokens, complete
+
+
+def _pick(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The index [R] at which the running sum of weights [R, N] passes uniform [R, 1] of the row's total."""
+    cumulative = weights.double().cumsum(dim=-1)
+    index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    # Rounding can put the draw at the very end, behind the last token that has any weight.
+    last = weights.shape[-1] - 1 - (weights.flip(-1) > 0).to(torch.int8).argmax(dim=-1)
+    return torch.minimum(index, last)
+
+
+def _logprobs(logits: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int]) -> dict[int, TokenLogprob]:
+    """Log-probabilities under the model's raw distribution, for the rows that ask for them."""
+    asked = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asked:
+        return {}
+    logprobs = logits[asked].float().log_softmax(dim=-1)
+    width = max(rows[index].params.logprobs or 0 for index in asked)
+    values, ids = (part.tolist() for part in logprobs.topk(width, dim=-1))
+    own = logprobs.gather(1, torch.tensor([[tokens[index]] for index in asked], device=logits.device)).tolist()
+    return {
+        index: TokenLogprob(
+            token_id=tokens[index],
+            logprob=own[i][0],
+            top=tuple(zip(ids[i], values[i], strict=True))[: rows[index].params.logprobs],
+        )
+        for i, index in enumerate(asked)
+    }
+
+
+def _is_filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.tensor(values, dtype=dtype or like.dtype, device=like.device).unsqueeze(1)
