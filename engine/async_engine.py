@@ -152,8 +152,7 @@ class AsyncEngine:
         if room < 1 or max_tokens > room:
             asked = "" if params.max_tokens is None else f" and {params.max_tokens} output tokens were asked for"
             raise InvalidRequestError(
-                f"the model's context length is {self.info.max_model_len} tokens; "
-                f"the prompt has {len(prompt)}{asked}",
+                f"the model's context length is {self.info.max_model_len} tokens; the prompt has {len(prompt)}{asked}",
                 param="prompt",
                 code="context_length_exceeded",
             )

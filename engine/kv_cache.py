@@ -1,4 +1,4 @@
-"""The KV cache's storage: per layer, keys and values in blocks. Which block belongs to whom is the scheduler's to know."""
+"""The KV cache's storage: keys and values in blocks. Which block belongs to whom is the scheduler's to know."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        storage = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        storage = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.layers = tuple(LayerCache(layer[0], layer[1]) for layer in storage)
         self._storage = storage
 

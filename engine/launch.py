@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,8 @@ from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
 from engine.errors import ConfigError
 from engine.kv_cache import KVCache
-from engine.memory import plan_memory
+from engine.memory import MemoryPlan, plan_memory
 from engine.model_runner import ModelRunner
-from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.loading import load_decoder, num_bytes
 from engine.models.registry import model_config
@@ -26,8 +26,25 @@ from scheduler.scheduler import Scheduler, SchedulerConfig
 _SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A checkpoint's weights in memory, and what they were read from."""
+
+    checkpoint: Checkpoint
+    decoder: Decoder
+    dtype: torch.dtype
+    device: torch.device
+    threads: int
+    load_seconds: float
+
+
 def load_engine(config: EngineConfig, observer: EngineObserver | None = None) -> AsyncEngine:
     """Load the model and size its memory; takes seconds. Raises OctavoError, in one line, for what cannot work."""
+    return assemble(config, load_model(config), observer)
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Open the checkpoint and load its weights."""
     began = time.perf_counter()
     device = pick_device(config.device)
     threads = config.threads or len(os.sched_getaffinity(0))
@@ -35,23 +52,17 @@ def load_engine(config: EngineConfig, observer: EngineObserver | None = None) ->
     checkpoint = open_checkpoint(config.model, revision=config.revision)
     model = model_config(checkpoint.config)
     dtype = pick_dtype(config.dtype, device)
-    plan = plan_memory(config, model, dtype, device)
-    decoder = _load(checkpoint, model, dtype, device)
-    cache = KVCache(model, num_blocks=plan.num_blocks, block_size=config.block_size, dtype=dtype, device=device)
-    info = EngineInfo(
-        model_name=checkpoint.name,
-        architecture=model.architecture,
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
-        threads=threads,
-        vocab_size=model.vocab_size,
-        max_model_len=plan.max_model_len,
-        weight_bytes=decoder.nbytes,
-        num_blocks=plan.num_blocks,
-        block_size=config.block_size,
-        kv_bytes=plan.num_blocks * KVCache.block_bytes(model, config.block_size, dtype),
-        load_seconds=time.perf_counter() - began,
-    )
+    total = num_bytes(model, dtype)
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="loading weights", leave=False) as bar:
+        decoder = load_decoder(model, checkpoint.tensors, dtype=dtype, device=device, progress=bar.update)
+    return LoadedModel(checkpoint, decoder, dtype, device, threads, time.perf_counter() - began)
+
+
+def assemble(config: EngineConfig, loaded: LoadedModel, observer: EngineObserver | None = None) -> AsyncEngine:
+    """An engine around a loaded model: its KV cache, its scheduler, its limits. Raises ConfigError."""
+    model, dtype = loaded.decoder.config, loaded.dtype
+    plan = plan_memory(config, model, dtype, loaded.device)
+    cache = KVCache(model, num_blocks=plan.num_blocks, block_size=config.block_size, dtype=dtype, device=loaded.device)
     scheduler = Scheduler(
         SchedulerConfig(
             num_blocks=plan.num_blocks,
@@ -63,12 +74,30 @@ def load_engine(config: EngineConfig, observer: EngineObserver | None = None) ->
     )
     return AsyncEngine(
         config,
-        info,
-        checkpoint.tokenizer,
+        _info(config, loaded, plan),
+        loaded.checkpoint.tokenizer,
         scheduler,
-        ModelRunner(decoder, cache),
-        default_sampling=_default_sampling(checkpoint.generation_config),
+        ModelRunner(loaded.decoder, cache),
+        default_sampling=_default_sampling(loaded.checkpoint.generation_config),
         observer=observer,
+    )
+
+
+def _info(config: EngineConfig, loaded: LoadedModel, plan: MemoryPlan) -> EngineInfo:
+    model = loaded.decoder.config
+    return EngineInfo(
+        model_name=loaded.checkpoint.name,
+        architecture=model.architecture,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        threads=loaded.threads,
+        vocab_size=model.vocab_size,
+        max_model_len=plan.max_model_len,
+        weight_bytes=loaded.decoder.nbytes,
+        num_blocks=plan.num_blocks,
+        block_size=config.block_size,
+        kv_bytes=plan.num_blocks * KVCache.block_bytes(model, config.block_size, loaded.dtype),
+        load_seconds=loaded.load_seconds,
     )
 
 
@@ -93,13 +122,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
-
-
-def _load(checkpoint: Checkpoint, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
-    with tqdm(
-        total=num_bytes(model, dtype), unit="B", unit_scale=True, unit_divisor=1024, desc="loading weights", leave=False
-    ) as bar:
-        return load_decoder(model, checkpoint.tensors, dtype=dtype, device=device, progress=bar.update)
 
 
 def _default_sampling(generation_config: Mapping[str, Any]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.outputs import FinishReason
+from scheduler.request import FinishReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

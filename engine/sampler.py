@@ -72,7 +72,7 @@ def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
     scaled = logits / _column([max(row.params.temperature, 1e-5) for row in rows], logits)
     uniform = _column([row.uniform() for row in rows], logits, torch.float64)
     if not any(_is_filtered(row.params) for row in rows):
-        return _pick(scaled.softmax(dim=-1), uniform).tolist()  # type: ignore[no-any-return]
+        return _pick(scaled.softmax(dim=-1), uniform).tolist()
     vocab = scaled.shape[-1]
     count = min(vocab, max(_CANDIDATES, *(row.params.top_k for row in rows)))
     tokens, decided = _draw_among(scaled, rows, uniform, count)
@@ -84,9 +84,7 @@ def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
     return tokens
 
 
-def _draw_among(
-    scaled: Tensor, rows: Sequence[SampleRow], uniform: Tensor, count: int
-) -> tuple[list[int], list[bool]]:
+def _draw_among(scaled: Tensor, rows: Sequence[SampleRow], uniform: Tensor, count: int) -> tuple[list[int], list[bool]]:
     """Draw from the ``count`` most likely tokens; also, for each row, whether the filters keep none beyond them."""
     values, candidates = scaled.topk(count, dim=-1)
     probs = (values - scaled.logsumexp(dim=-1, keepdim=True)).exp()

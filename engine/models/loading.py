@@ -12,7 +12,7 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import MLP, Attention, Block, Decoder
 from engine.weights.checkpoint import TensorSource
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """Called with the bytes (as stored in the model's dtype) of each tensor that has been loaded."""
 
 

@@ -54,7 +54,7 @@ def check_shape(where: str, name: str, shape: tuple[int, ...], out: "Tensor") ->
         raise CheckpointError(f"{where}: tensor {name!r} has shape {list(shape)}; the config implies {list(out.shape)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """An opened model: everything but its tensors is in memory."""
 

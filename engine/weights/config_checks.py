@@ -48,8 +48,12 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(f"{where}: architectures is {names!r}, not a list of names")
     for key, most in (*_SIZES.items(), *_OPTIONAL_SIZES.items()):
         value = config.get(key)
-        if value is None and key in _OPTIONAL_SIZES:
-            continue
+        if value is None:
+            if key in _OPTIONAL_SIZES:
+                continue
+            raise CheckpointError(
+                f"{where}: there is no {key}, which the models that Octavo runs have; this is {names[0]}"
+            )
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
             raise CheckpointError(f"{where}: {key} is {value!r}, not a number from 1 to {most}")
     for key in _POSITIVE:
@@ -64,10 +68,13 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_tensors(config: Mapping[str, Any], tensors: "TensorSource", where: str) -> None:
-    """Raises CheckpointError if the tensors of the first and last layers contradict the config's sizes.
+    """Raises CheckpointError if the embedding or the last layer contradicts the config's sizes.
 
-    So that a model built by the config is no larger than its files, whatever the config says.
+    So that a model built by the config is no larger than its files, whatever the config says. Files of layers that
+    look otherwise pass: it is for the models to say that they do not know the architecture.
     """
+    if "model.layers.0.self_attn.q_proj.weight" not in tensors:
+        return
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     width = config.get("head_dim") or hidden // heads
     last = f"model.layers.{config['num_hidden_layers'] - 1}"

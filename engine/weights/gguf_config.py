@@ -35,6 +35,8 @@ _BLOCK_NAMES: Final[Mapping[str, str]] = {
     "ffn_down": "mlp.down_proj",
 }
 _BLOCK_TENSOR: Final = re.compile(r"blk\.(\d{1,4})\.([a-z_]+)\.(weight|bias)")
+# Divisors of the rotary frequencies, by which files state Llama 3's scaling. HF's config says it in parameters and has no
+# such tensor, so it keeps its name; `rope_scaling` is then None.
 ROPE_FACTORS: Final = "rope_freqs.weight"
 
 
@@ -103,7 +105,8 @@ def config_of(header: GGUFHeader, where: str) -> dict[str, Any]:
         ("eos_token_id", "eos_token_id"),
         ("pad_token_id", "padding_token_id"),
     ):
-        config[key] = header.metadata.get(f"tokenizer.ggml.{token}")
+        index = header.metadata.get(f"tokenizer.ggml.{token}")
+        config[key] = index if isinstance(index, int) else None
     return config
 
 
@@ -164,6 +167,8 @@ def _rope_scaling(meta: _Metadata) -> dict[str, Any] | None:
 
 def hf_name(name: str) -> str | None:
     """The HF name of a GGUF tensor; None if Llama and Qwen have no such tensor."""
+    if name == ROPE_FACTORS:
+        return name
     if name in _GLOBAL_NAMES:
         return _GLOBAL_NAMES[name]
     match = _BLOCK_TENSOR.fullmatch(name)

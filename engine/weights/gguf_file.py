@@ -21,7 +21,7 @@ from engine.weights.gguf_quants import dequantize_into, stored_dtype
 from engine.weights.gguf_tokenizer import build_tokenizer, token_at
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GGUFTensors:
     """A TensorSource over a mapped GGUF file.
 
@@ -89,7 +89,7 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
     """
     where = path.name
     file, header = _map(path)
-    if header.metadata.get("split.count", 1) != 1:
+    if header.metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(f"{where}: one of several parts of a model; join them with llama-gguf-split --merge")
     config = config_of(header, where)
     tensors = _tensors(path, file, header, config)
@@ -99,8 +99,8 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{where}: {tokenizer.vocab_size} tokens, but token_embd.weight has {config['vocab_size']} rows"
         )
-    if ROPE_FACTORS in header.tensors:
-        config["rope_scaling"] = _rope_factors(file, header.tensors[ROPE_FACTORS], config, where)
+    if ROPE_FACTORS in tensors:
+        _check_rope_factors(tensors, config, where)
     return Checkpoint(
         name=name or path.stem,
         config=config,
@@ -130,8 +130,6 @@ def _tensors(path: Path, file: Tensor, header: GGUFHeader, config: Mapping[str, 
     heads_of = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     infos, heads = {}, {}
     for info in header.tensors.values():
-        if info.name == ROPE_FACTORS:
-            continue
         name = hf_name(info.name)
         if name is None:
             raise CheckpointError(f"{path.name}: tensor {info.name!r} is not one of a {config['model_type']} model")
@@ -146,14 +144,13 @@ def _tensors(path: Path, file: Tensor, header: GGUFHeader, config: Mapping[str, 
     return GGUFTensors(path, file, infos, heads)
 
 
-def _rope_factors(file: Tensor, info: TensorInfo, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Llama 3's rope scaling as the file has it: what each frequency is divided by, [head_dim / 2]."""
-    if info.type.name != "F32" or info.shape != (config["head_dim"] // 2,):
-        raise CheckpointError(f"{where}: {ROPE_FACTORS} is not {config['head_dim'] // 2} float32 numbers")
-    factors = file[info.offset : info.offset + info.nbytes].view(torch.float32)
+def _check_rope_factors(tensors: GGUFTensors, config: Mapping[str, Any], where: str) -> None:
+    """Llama 3's rope scaling as a file has it: what each frequency is divided by, [head_dim / 2]."""
+    if tensors.shape(ROPE_FACTORS) != (config["head_dim"] // 2,):
+        raise CheckpointError(f"{where}: {ROPE_FACTORS} is not {config['head_dim'] // 2} numbers")
+    factors = tensors[ROPE_FACTORS]
     if not bool((factors.isfinite() & (factors > 0)).all()):
         raise CheckpointError(f"{where}: {ROPE_FACTORS} holds a number that is not positive")
-    return {"rope_type": "frequency_factors", "factors": factors.tolist()}
 
 
 def _tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:

@@ -77,5 +77,6 @@ def _by_gguf(blocks: Tensor, stored: QuantType) -> Tensor:
     import gguf
     import numpy as np
 
-    values = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[stored.name])
+    with np.errstate(all="ignore"):  # a damaged file's infinite scale is for the engine to notice, not for a warning
+        values = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[stored.name])
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))

@@ -63,7 +63,7 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """Builds the tokenizer. ``where`` names the file in errors; raises CheckpointError if it cannot be built."""
     tokens = _strings(metadata, "tokens", where)
     kind = metadata.get("tokenizer.ggml.model")
-    if kind not in _BUILDERS:
+    if not isinstance(kind, str) or kind not in _BUILDERS:
         raise CheckpointError(f"{where}: tokenizer model {kind!r} is not supported; known are {', '.join(_BUILDERS)}")
     try:
         tokenizer = _BUILDERS[kind](metadata, tokens, where)
@@ -72,7 +72,8 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     except CheckpointError:
         raise
     except Exception as error:  # noqa: BLE001 (the library raises bare Exception, as for a merge of unknown tokens)
-        raise CheckpointError(f"{where}: the tokenizer cannot be built ({error})") from None
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{where}: the tokenizer cannot be built ({reason})") from None
     return tokenizer
 
 
@@ -104,12 +105,19 @@ class _Pairs(Sequence[tuple[str, str]]):
         return tuple(self._merges[index].split(" "))
 
 
+def _merges(metadata: Mapping[str, Any], where: str) -> Sequence[tuple[str, str]]:
+    merges = _strings(metadata, "merges", where)
+    if any(merge.count(" ") != 1 for merge in merges):
+        raise CheckpointError(f"{where}: metadata tokenizer.ggml.merges holds an entry that is not a pair")
+    return _Pairs(merges)
+
+
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> Tokenizer:
     rule = metadata.get("tokenizer.ggml.pre", "default")
     if rule not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
         raise CheckpointError(f"{where}: pre-tokenizer {rule!r} is not supported; known are {known}")
-    merges = _Pairs(_strings(metadata, "merges", where))
+    merges = _merges(metadata, where)
     tokenizer = Tokenizer(models.BPE(vocab=_ids(tokens), merges=merges, ignore_merges=rule in _WORDS_FIRST))
     if rule == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
@@ -122,7 +130,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], where: st
     """SentencePiece's BPE: merges in order of the merged piece's score, and bytes for what the vocabulary lacks."""
     vocab = _ids(tokens)
     if "tokenizer.ggml.merges" in metadata:
-        merges: Sequence[tuple[str, str]] = _Pairs(_strings(metadata, "merges", where))
+        merges: Sequence[tuple[str, str]] = _merges(metadata, where)
     else:
         merges = _merges_by_score(metadata, vocab, where)
     unknown = token_at(tokens, metadata.get("tokenizer.ggml.unknown_token_id", 0))
@@ -135,7 +143,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], where: st
     return tokenizer
 
 
-_BUILDERS: Final[Mapping[Any, Callable[[Mapping[str, Any], Sequence[str], str], Tokenizer]]] = {
+_BUILDERS: Final[Mapping[str, Callable[[Mapping[str, Any], Sequence[str], str], Tokenizer]]] = {
     "gpt2": _byte_level,
     "llama": _sentencepiece,
 }

@@ -17,7 +17,7 @@ _INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SafetensorsFiles:
     """A TensorSource over mapped safetensors files."""
 
@@ -57,7 +57,6 @@ def open_directory(folder: Path, name: str | None = None) -> Checkpoint:
     config_file = folder / "config.json"
     config = read_json(config_file)
     _refuse(config, config_file)
-    config = _with_classic_names(config)
     check_config(config, str(config_file))
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {}
@@ -82,22 +81,6 @@ def _refuse(config: Mapping[str, Any], where: Path) -> None:
             else None
         )
         raise CheckpointError(f"{where}: weights quantized by {method!r} are not supported")
-
-
-def _with_classic_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Transformers 5 writes ``rope_parameters`` and ``dtype``; we keep to the names that most files have.
-
-    Those are ``rope_theta``, ``rope_scaling`` and ``torch_dtype``.
-    """
-    classic = dict(config)
-    if "dtype" in config:
-        classic.setdefault("torch_dtype", config["dtype"])
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        classic.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-        classic.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
-    return classic
 
 
 def _open_tensors(folder: Path) -> SafetensorsFiles:

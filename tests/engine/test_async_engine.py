@@ -1,0 +1,232 @@
+"""The engine's promises to its clients: what comes out, when it ends, and that nothing is left behind."""
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from engine.async_engine import AsyncEngine
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, InvalidRequestError
+from engine.launch import LoadedModel, assemble
+from engine.model_runner import ModelRunner
+from engine.observer import NullObserver, RequestRecord
+from engine.sampling_params import SamplingParams
+from tests.engine.driving import GREEDY, ask, ask_all, generate
+
+_PROMPTS = [[5 + i % 7 + j for j in range(3 + 4 * i)] for i in range(12)]
+_SAMPLED = SamplingParams(temperature=1.0, max_tokens=12, seed=4, ignore_eos=True)
+
+
+class _Running:
+    """An engine for the length of a with-block."""
+
+    def __init__(self, loaded: LoadedModel, **limits: Any) -> None:
+        self.engine = assemble(EngineConfig(**{"kv_cache_memory": 1 << 24, **limits}), loaded)
+
+    async def __aenter__(self) -> AsyncEngine:
+        await self.engine.start()
+        return self.engine
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.engine.stop()
+
+
+def _is_idle(engine: AsyncEngine) -> bool:
+    stats = engine.stats()
+    return (stats.num_running, stats.num_waiting, stats.used_blocks, stats.kv_usage) == (0, 0, 0, 0.0)
+
+
+@pytest.mark.parametrize("params", [GREEDY, _SAMPLED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_num_batched_tokens": 5},
+        {"max_num_seqs": 2},
+        {"prefix_caching": False},
+        {"block_size": 1},
+        {"block_size": 64},
+        {"kv_cache_memory": 9 * 16 * 3 * 2 * 2 * 16 * 4},
+    ],
+    ids=str,
+)
+def test_output_does_not_depend_on_how_it_is_scheduled(
+    tiny: LoadedModel, params: SamplingParams, limits: dict[str, int]
+) -> None:
+    params = dataclasses.replace(params, n=2)
+    expected = [generate(tiny, [prompt], params)[0].tokens for prompt in _PROMPTS]
+    assert [answer.tokens for answer in generate(tiny, _PROMPTS, params, **limits)] == expected
+
+
+async def test_a_small_cache_preempts_and_a_prefix_is_reused(tiny: LoadedModel) -> None:
+    class Counts(NullObserver):
+        preempted = hit = 0
+
+        def on_preemption(self, count: int) -> None:
+            self.preempted += count
+
+        def on_prefix_cache(self, *, queried_tokens: int, hit_tokens: int) -> None:
+            self.hit += hit_tokens
+
+    async with _Running(tiny, kv_cache_memory=9 * 16 * 3 * 2 * 2 * 16 * 4) as engine:
+        engine.observer = counts = Counts()
+        first = await ask(engine, _PROMPTS[-1], GREEDY)
+        again = await ask(engine, _PROMPTS[-1], GREEDY)
+        assert (first.cached_tokens, again.cached_tokens, counts.hit) == (0, 32, 32)
+        assert again.tokens == first.tokens
+        await ask_all(engine, _PROMPTS, dataclasses.replace(GREEDY, max_tokens=30))
+        assert counts.preempted > 0
+        assert _is_idle(engine)
+
+
+async def test_continuations_with_a_seed_differ_from_each_other_but_not_from_run_to_run(tiny: LoadedModel) -> None:
+    params = dataclasses.replace(_SAMPLED, n=3)
+    async with _Running(tiny) as engine:
+        one, other = await ask(engine, _PROMPTS[3], params), await ask(engine, _PROMPTS[3], params)
+    assert one.tokens == other.tokens
+    assert len({tuple(tokens) for tokens in one.tokens.values()}) == 3
+
+
+async def test_without_a_seed_answers_differ(tiny: LoadedModel) -> None:
+    params = dataclasses.replace(_SAMPLED, seed=None)
+    async with _Running(tiny) as engine:
+        answers = [tuple((await ask(engine, _PROMPTS[3], params)).tokens[0]) for _ in range(4)]
+    assert len(set(answers)) == 4
+
+
+async def test_each_continuation_ends_once_with_a_reason(tiny: LoadedModel) -> None:
+    async with _Running(tiny) as engine:
+        answer = await ask(engine, _PROMPTS[2], dataclasses.replace(_SAMPLED, n=4))
+    ends = [(output.index, output.finish_reason) for output in answer.outputs if output.finish_reason]
+    assert sorted(ends) == [(index, "length") for index in range(4)]
+    assert all(len(tokens) == 12 for tokens in answer.tokens.values())
+
+
+async def test_eos_ends_an_answer_unless_it_is_ignored(tiny: LoadedModel) -> None:
+    to_eos = SamplingParams(temperature=0.0, max_tokens=9, logit_bias={2: 100.0})
+    async with _Running(tiny) as engine:
+        ended = await ask(engine, _PROMPTS[1], to_eos)
+        ignored = await ask(engine, _PROMPTS[1], dataclasses.replace(to_eos, ignore_eos=True))
+        later = await ask(engine, _PROMPTS[1], dataclasses.replace(to_eos, min_tokens=4))
+    assert [(a.tokens[0], a.outputs[-1].finish_reason) for a in (ended, ignored)] == [([2], "stop"), ([2] * 9, "length")]
+    assert (len(later.tokens[0]), later.tokens[0].count(2)) == (5, 1)
+    assert (ended.text[0], ended.outputs[-1].stop_reason) == ("", None)
+
+
+async def test_a_stop_token_and_a_stop_string_end_an_answer_and_are_named(tiny: LoadedModel) -> None:
+    async with _Running(tiny) as engine:
+        plain = await ask(engine, _PROMPTS[4], GREEDY)
+        token = plain.tokens[0][5]
+        first = plain.tokens[0].index(token)
+        by_id = await ask(engine, _PROMPTS[4], dataclasses.replace(GREEDY, stop_token_ids=(token,)))
+        assert by_id.tokens[0] == plain.tokens[0][: first + 1]
+        assert (by_id.outputs[-1].finish_reason, by_id.outputs[-1].stop_reason) == ("stop", token)
+        word = next(text for text in plain.text[0] if text.isprintable() and text != "�")
+        by_text = await ask(engine, _PROMPTS[4], dataclasses.replace(GREEDY, stop=(word,)))
+        assert by_text.text[0] == plain.text[0][: plain.text[0].index(word)]
+        assert (by_text.outputs[-1].finish_reason, by_text.outputs[-1].stop_reason) == ("stop", word)
+        assert _is_idle(engine)
+
+
+async def test_logprobs_come_with_every_token(tiny: LoadedModel) -> None:
+    async with _Running(tiny) as engine:
+        answer = await ask(engine, _PROMPTS[4], dataclasses.replace(GREEDY, logprobs=2))
+    for output in answer.outputs:
+        (logprob,) = output.logprobs
+        assert logprob.token_id == output.token_ids[0] == logprob.top[0][0], "greedy takes the most likely"
+
+
+async def test_an_abort_ends_the_stream_and_frees_everything_while_others_go_on(tiny: LoadedModel) -> None:
+    async with _Running(tiny, max_num_seqs=2) as engine:
+        alone = await ask(engine, _PROMPTS[5], _SAMPLED)
+        running = engine.submit(_PROMPTS[6], dataclasses.replace(GREEDY, max_tokens=200), request_id="running")
+        kept = asyncio.create_task(ask(engine, _PROMPTS[5], _SAMPLED, "kept"))
+        await anext(running)
+        queued = engine.submit(_PROMPTS[7], GREEDY, request_id="queued")
+        queued.abort()
+        running.abort()
+        running.abort()
+        assert [output async for output in queued] == []
+        assert len([output async for output in running]) <= 2, "what was already on its way may still be read"
+        assert (await kept).tokens == alone.tokens
+        assert _is_idle(engine)
+
+
+async def test_stopping_the_engine_ends_every_stream(tiny: LoadedModel) -> None:
+    async with _Running(tiny) as engine:
+        stream = engine.submit(_PROMPTS[6], dataclasses.replace(GREEDY, max_tokens=200), request_id="a")
+        await anext(stream)
+    async with asyncio.timeout(5):
+        assert [output.finish_reason async for output in stream if output.finish_reason] == []
+    with pytest.raises(EngineDeadError, match="not running"):
+        engine.submit(_PROMPTS[6], GREEDY, request_id="b")
+
+
+async def test_a_failing_step_fails_open_requests_and_health_and_leaves_nobody_waiting(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    async with _Running(tiny) as engine:
+        monkeypatch.setattr(ModelRunner, "execute", fail)
+        async with asyncio.timeout(5):
+            with pytest.raises(EngineDeadError, match="the engine has failed"):
+                await ask(engine, _PROMPTS[0], GREEDY)
+        assert (engine.is_healthy(), engine.is_ready()) == (False, False)
+        with pytest.raises(EngineDeadError, match="the engine has failed"):
+            engine.submit(_PROMPTS[0], GREEDY, request_id="b")
+        assert _is_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "param", "message"),
+    [
+        ([], {}, "prompt", "the prompt is empty"),
+        ([5, 320], {}, "prompt", "token id 320 is outside the vocabulary of 320"),
+        ([-1], {}, "prompt", "token id -1"),
+        ([5] * 256, {}, "prompt", "context length is 256 tokens; the prompt has 256"),
+        ([5] * 200, {"max_tokens": 57}, "prompt", "the prompt has 200 and 57 output tokens were asked for"),
+        ([5], {"max_tokens": 3, "min_tokens": 4}, "min_tokens", "min_tokens is more than max_tokens"),
+        ([5], {"logit_bias": {999: 1.0}}, "logit_bias", "token id 999"),
+        ([5], {"stop_token_ids": (-7,)}, "stop_token_ids", "token id -7"),
+        ([5], {"n": 65}, "n", "n = 65 is more than the 64 sequences"),
+    ],
+)
+async def test_a_request_that_can_never_be_served_is_refused_with_the_field_at_fault(
+    tiny: LoadedModel, prompt: Sequence[int], params: dict[str, Any], param: str, message: str
+) -> None:
+    async with _Running(tiny) as engine:
+        with pytest.raises(InvalidRequestError, match=message) as caught:
+            engine.submit(prompt, SamplingParams(**params), request_id="x")
+        assert caught.value.param == param
+        assert _is_idle(engine)
+
+
+async def test_a_request_fills_the_context_to_its_last_token(tiny: LoadedModel) -> None:
+    async with _Running(tiny) as engine:
+        answer = await ask(engine, [5] * 250, SamplingParams(temperature=0.0, ignore_eos=True))
+    assert (len(answer.tokens[0]), answer.outputs[-1].finish_reason) == (6, "length")
+
+
+async def test_times_add_up(tiny: LoadedModel) -> None:
+    records: list[RequestRecord] = []
+
+    class Recorder(NullObserver):
+        def on_finish(self, record: RequestRecord) -> None:
+            records.append(record)
+
+    async with _Running(tiny) as engine:
+        engine.observer = Recorder()
+        await ask(engine, _PROMPTS[3], GREEDY)
+    (record,) = records
+    assert record.queue_seconds is not None
+    assert record.prefill_seconds is not None
+    assert record.decode_seconds is not None
+    assert record.e2e_seconds == pytest.approx(
+        record.queue_seconds + record.prefill_seconds + record.decode_seconds, abs=1e-3
+    )
+    assert record.seconds_per_output_token == pytest.approx(record.decode_seconds / 15)
+    assert (record.prompt_tokens, record.generated_tokens, record.finish_reason) == (15, 16, "length")
