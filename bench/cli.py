@@ -32,6 +32,7 @@ class Command:
 
 COMMANDS = (
     Command("serve", "bench.serve", "load-test an OpenAI-compatible server: throughput, TTFT, TPOT, ITL, goodput"),
+    Command("step", "bench.step", "show where the time of one model step goes, op by op, beside its floor"),
     Command("ceiling", "bench.ceiling", "measure how many tokens/s the load-test client itself can receive"),
 )
 

@@ -21,6 +21,7 @@ from engine.models.loading import load_decoder, num_bytes
 from engine.models.registry import model_config
 from engine.observer import EngineObserver
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
+from kernels import ops
 from scheduler.scheduler import Scheduler, SchedulerConfig
 
 _SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -49,11 +50,15 @@ def load_model(config: EngineConfig) -> LoadedModel:
     device = pick_device(config.device)
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
+    if device.type == "cpu":
+        ops.load(config.cache_dir / "kernels")
     checkpoint = open_checkpoint(config.model, revision=config.revision)
     model = model_config(checkpoint.config)
     dtype = pick_dtype(config.dtype, device)
-    total = num_bytes(model, dtype)
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="loading weights", leave=False) as bar:
+    # disable=None shows the bar in a terminal only.
+    with tqdm(
+        total=num_bytes(model, dtype), desc="loading weights", unit="B", unit_scale=True, leave=False, disable=None
+    ) as bar:
         decoder = load_decoder(model, checkpoint.tensors, dtype=dtype, device=device, progress=bar.update)
     return LoadedModel(checkpoint, decoder, dtype, device, threads, time.perf_counter() - began)
 

@@ -40,7 +40,10 @@ class ScheduledBatch:
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """A token that an update appended; ``sequence.finish_reason`` says whether it was the last one."""
+    """That a sampled token was appended; ``sequence.finish_reason`` says whether it was the last one."""
 
     sequence: Sequence
-    token: int
+    item: int
+    """Whose sample it was: the index in ``ScheduledBatch.items``,"""
+    sample: int
+    """and among that item's samples."""

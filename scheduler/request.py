@@ -6,8 +6,12 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Literal
 
 from scheduler.prefix_index import block_key, root_key
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""OpenAI's two, and two of our own: the client is gone, or the engine failed."""
 
 
 class Status(Enum):
@@ -26,7 +30,7 @@ class StopRule:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
 
-    def finish_reason(self, num_output_tokens: int, last_token: int) -> str | None:
+    def finish_reason(self, num_output_tokens: int, last_token: int) -> FinishReason | None:
         """``"stop"``, ``"length"`` or, while the sequence goes on, None."""
         if last_token in self.stop_token_ids and num_output_tokens > self.min_tokens:
             return "stop"
@@ -100,7 +104,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.block_table: array[int] = array("i")
         self.status = Status.WAITING
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
         self._root = root
         self._keys: list[bytes] = []
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from scheduler.batch import Appended, ScheduledBatch, ScheduledSequence
 from scheduler.block_pool import BlockPool
-from scheduler.request import Request, Sequence, Status
+from scheduler.request import FinishReason, Request, Sequence, Status
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class Scheduler:
         for sequence in request.sequences:
             self.finish(sequence, "abort")
 
-    def finish(self, sequence: Sequence, reason: str) -> None:
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End one sequence and free its blocks. Nothing happens if it has ended already."""
         if sequence.status is Status.FINISHED:
             return
@@ -134,14 +134,16 @@ class Scheduler:
     def update(self, batch: ScheduledBatch, sampled: Iterable[Seq[int]]) -> list[Appended]:
         """Record a finished step: ``sampled[i]`` holds the ``num_samples`` tokens of ``batch.items[i]``."""
         appended: list[Appended] = []
-        for item, tokens in zip(batch.items, sampled, strict=True):
+        for index, (item, tokens) in enumerate(zip(batch.items, sampled, strict=True)):
             if len(tokens) != item.num_samples:
                 raise ValueError(f"{item.num_samples} tokens were to be sampled, {len(tokens)} came")
             if item.sequence.status is Status.FINISHED:  # aborted while the step ran
                 continue
             item.sequence.num_computed_tokens += len(item.tokens)
             branches = [item.sequence, *(self._fork(item.sequence) for _ in tokens[1:])]
-            appended += [self._append(branch, token) for branch, token in zip(branches, tokens, strict=False)]
+            for number, token in enumerate(tokens):
+                self._append(branches[number], token)
+                appended.append(Appended(branches[number], index, number))
         return appended
 
     # the parts of a step
@@ -266,12 +268,11 @@ class Scheduler:
         self._running[child] = None
         return child
 
-    def _append(self, sequence: Sequence, token: int) -> Appended:
+    def _append(self, sequence: Sequence, token: int) -> None:
         sequence.tokens.append(token)
         reason = sequence.request.stop.finish_reason(sequence.num_output_tokens, token)
         if reason is not None:
             self.finish(sequence, reason)
-        return Appended(sequence, token)
 
 
 def _places(sequence: Sequence) -> int:

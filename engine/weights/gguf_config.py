@@ -35,8 +35,8 @@ _BLOCK_NAMES: Final[Mapping[str, str]] = {
     "ffn_down": "mlp.down_proj",
 }
 _BLOCK_TENSOR: Final = re.compile(r"blk\.(\d{1,4})\.([a-z_]+)\.(weight|bias)")
-# Divisors of the rotary frequencies, by which files state Llama 3's scaling. HF's config says it in parameters and has no
-# such tensor, so it keeps its name; `rope_scaling` is then None.
+# Divisors of the rotary frequencies, by which files state Llama 3's scaling. HF's config says it in parameters and
+# has no such tensor, so it keeps its name; `rope_scaling` is then None.
 ROPE_FACTORS: Final = "rope_freqs.weight"
 
 

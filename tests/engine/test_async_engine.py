@@ -110,7 +110,10 @@ async def test_eos_ends_an_answer_unless_it_is_ignored(tiny: LoadedModel) -> Non
         ended = await ask(engine, _PROMPTS[1], to_eos)
         ignored = await ask(engine, _PROMPTS[1], dataclasses.replace(to_eos, ignore_eos=True))
         later = await ask(engine, _PROMPTS[1], dataclasses.replace(to_eos, min_tokens=4))
-    assert [(a.tokens[0], a.outputs[-1].finish_reason) for a in (ended, ignored)] == [([2], "stop"), ([2] * 9, "length")]
+    assert [(a.tokens[0], a.outputs[-1].finish_reason) for a in (ended, ignored)] == [
+        ([2], "stop"),
+        ([2] * 9, "length"),
+    ]
     assert (len(later.tokens[0]), later.tokens[0].count(2)) == (5, 1)
     assert (ended.text[0], ended.outputs[-1].stop_reason) == ("", None)
 

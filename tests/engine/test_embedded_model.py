@@ -1,4 +1,4 @@
-"""The embedded model in float32 is what transformers computes from the same file, in every way the engine may compute it.
+"""The embedded model in float32 is what transformers computes from the same file, however the engine computes it.
 
 Transformers' own greedy `generate` takes, at each position, the most likely token after all before it. So our output
 equals it if and only if, fed with prompt and output together, its logits are highest at each of our tokens: one forward
@@ -54,7 +54,12 @@ def test_greedy_output_equals_that_of_transformers(
         logits = oracle(torch.tensor([prompt + answer])).logits[0]
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
     generated = oracle.generate(
-        torch.tensor(prompts[:1]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=-1, pad_token_id=2
+        torch.tensor(prompts[:1]),
+        max_new_tokens=64,
+        min_new_tokens=64,
+        do_sample=False,
+        eos_token_id=-1,
+        pad_token_id=2,
     )
     assert generated[0, len(prompts[0]) :].tolist() == answers[0]
 

@@ -10,8 +10,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
-
-from .test_gguf_tokenizer import SPELLED, TEXTS
+from tests.engine.test_gguf_tokenizer import SPELLED, TEXTS
 
 
 @pytest.fixture(scope="module")

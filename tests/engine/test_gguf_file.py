@@ -11,8 +11,7 @@ import torch
 from engine.errors import CheckpointError
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.gguf_file import open_gguf
-
-from .gguf_files import (
+from tests.engine.gguf_files import (
     BOS,
     EOS,
     HEAD_DIM,

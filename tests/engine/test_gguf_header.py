@@ -12,8 +12,7 @@ import pytest
 
 from engine.errors import CheckpointError
 from engine.weights.gguf_header import GGUFHeader, read_header
-
-from .gguf_files import TOKENS, random_tensors, write_gguf
+from tests.engine.gguf_files import TOKENS, random_tensors, write_gguf
 
 
 def header_of(path: Path) -> GGUFHeader:

@@ -11,8 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from engine.weights.gguf_file import open_gguf
 from engine.weights.gguf_tokenizer import build_tokenizer
-
-from .gguf_files import BOS, EOS, TOKENS, random_tensors, tokenizer_values, write_gguf
+from tests.engine.gguf_files import BOS, EOS, TOKENS, random_tensors, tokenizer_values, write_gguf
 
 TEXTS = [
     "",

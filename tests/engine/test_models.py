@@ -150,5 +150,5 @@ def test_an_unusable_rope_scaling_is_one_clear_line(scaling: dict[str, Any], mes
 
 def test_a_tensor_of_the_wrong_shape_is_one_clear_line(tmp_path: Path) -> None:
     folder = save(random_model("llama"), tmp_path, intermediate_size=80)
-    with pytest.raises(CheckpointError, match="mlp.*has shape"):
+    with pytest.raises(CheckpointError, match=r"mlp.*has shape"):
         load_model(EngineConfig(model=str(folder)))

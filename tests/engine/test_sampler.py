@@ -1,4 +1,4 @@
-"""The sampler: each parameter does what its definition says, exactly where that can be computed, else in distribution."""
+"""The sampler: each parameter does what its definition says, exactly where that can be computed."""
 
 from collections import Counter
 from typing import Any
@@ -34,7 +34,9 @@ def _frequencies(logits: torch.Tensor, draws: int = 20_000, **params: Any) -> to
     return torch.bincount(torch.tensor(tokens), minlength=logits.numel()).double() / draws
 
 
-def _expected(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Any:
+def _expected(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Any:
     """The distribution by definition, one filter after the other, in float64."""
     probs = (logits.double() / temperature).softmax(0)
     if top_k:
@@ -82,7 +84,9 @@ def test_greedy_takes_the_most_likely_token() -> None:
     assert tokens == logits.argmax(-1).tolist()
 
 
-@given(seed=st.integers(0, 2**90), others=st.lists(st.sampled_from([0.0, 0.7, 1.3]), max_size=4), place=st.integers(0, 4))
+@given(
+    seed=st.integers(0, 2**90), others=st.lists(st.sampled_from([0.0, 0.7, 1.3]), max_size=4), place=st.integers(0, 4)
+)
 @settings(max_examples=50, deadline=None)
 def test_a_seed_decides_the_token_whatever_else_is_in_the_batch(seed: int, others: list[float], place: int) -> None:
     own = _row(seed, temperature=0.9, top_p=0.9)

@@ -10,9 +10,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from engine.tokenizer import Tokenizer
 from engine.weights.gguf_tokenizer import build_tokenizer
-
-from .gguf_files import BOS, BYTES, EOS, TOKENS, tokenizer_values
-from .test_gguf_tokenizer import TEXTS, sentencepiece
+from tests.engine.gguf_files import BOS, BYTES, EOS, TOKENS, tokenizer_values
+from tests.engine.test_gguf_tokenizer import TEXTS, sentencepiece
 
 BYTE_OF = {
     b: BYTES.index(char) for char, b in zip(BYTES, [*range(33, 127), *range(161, 173), *range(174, 256)], strict=False)

@@ -12,8 +12,7 @@ from huggingface_hub import errors
 
 from engine.errors import CheckpointError
 from engine.weights.checkpoint import open_checkpoint
-
-from .gguf_files import write_gguf
+from tests.engine.gguf_files import write_gguf
 
 
 def test_a_gguf_file_opens_by_its_path(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from engine.errors import CheckpointError
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.gguf_tokenizer import build_tokenizer
-
-from .gguf_files import BOS, EOS, TOKENS, tokenizer_values
+from tests.engine.gguf_files import BOS, EOS, TOKENS, tokenizer_values
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

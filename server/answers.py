@@ -1,0 +1,63 @@
+"""What both endpoints' answers are made of."""
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.outputs import TokenLogprob
+from server.errors import ApiError
+from server.generation import Generation
+
+
+@dataclass
+class Choice:
+    """One choice of an answer that is given whole, while it grows."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.texts)
+
+
+async def collect(generation: Generation, count: int, request: Request) -> list[Choice]:
+    """All ``count`` choices, complete.
+
+    Raises:
+        ApiError: 499, the client left before the end; its generation is aborted already.
+        OctavoError: the engine failed.
+    """
+    choices = [Choice() for _ in range(count)]
+    async with generation.watched(request.receive):
+        async for index, output in generation.outputs():
+            choice = choices[index]
+            choice.texts.append(output.text)
+            choice.logprobs.extend(output.logprobs)
+            choice.finish_reason = output.finish_reason
+    if any(choice.finish_reason is None for choice in choices):
+        raise ApiError(499, "The client left.")
+    return choices
+
+
+def head_of(prefix: str, kind: str, model: str) -> dict[str, Any]:
+    """The fields that stay the same through an answer."""
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+    }
+
+
+def answer(head: dict[str, Any], choices: list[dict[str, Any]], generation: Generation) -> Response:
+    """The whole answer."""
+    content = {**head, "choices": choices, "usage": generation.usage}
+    return Response(json.dumps(content), media_type="application/json")

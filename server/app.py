@@ -1,0 +1,70 @@
+"""The ASGI application: routes, errors, and what stands before them."""
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from engine.errors import ConfigError
+from server import errors, openapi
+from server.auth import ApiKeyMiddleware, RequestIdMiddleware
+from server.chat_template import ChatTemplate
+from server.config import ServerConfig
+from server.metrics import Metrics
+from server.routes import chat, completions, status, tokens
+from server.serving import Serving
+from server.version import version
+
+if TYPE_CHECKING:
+    from engine.async_engine import AsyncEngine
+
+logger = logging.getLogger("octavo.server")
+
+
+def create_app(engine: "AsyncEngine", config: ServerConfig, metrics: Metrics | None = None) -> FastAPI:
+    """The application around an engine, which whoever listens starts and stops.
+
+    ``metrics`` is the engine's observer; without it /metrics knows only what the engine's ``stats`` say.
+
+    Raises:
+        ConfigError: the chat template cannot be read or is not valid.
+    """
+    metrics = metrics or Metrics()
+    names = config.served_model_name or (engine.model_name,)
+    metrics.attach(engine, names[0], vllm_names=config.metrics_compat)
+
+    app = FastAPI(title="Octavo", version=version(), redoc_url=None)
+    app.state.serving = Serving(
+        engine=engine,
+        config=config,
+        metrics=metrics,
+        model_names=names,
+        template=_template(engine, config),
+        created=int(time.time()),
+    )
+    for room in (completions, chat, tokens, status):
+        app.include_router(room.router)
+    openapi.install(app)
+    errors.install(app)
+    if config.api_key:
+        app.add_middleware(ApiKeyMiddleware, keys=config.api_key)
+    app.add_middleware(RequestIdMiddleware)
+    return app
+
+
+def _template(engine: "AsyncEngine", config: ServerConfig) -> ChatTemplate | None:
+    tokens = {"bos_token": engine.tokenizer.bos_token, "eos_token": engine.tokenizer.eos_token}
+    if config.chat_template is not None:
+        try:
+            source = config.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--chat-template: {config.chat_template} cannot be read") from error
+        return ChatTemplate(source, **tokens)
+    if engine.tokenizer.chat_template is None:
+        return None
+    try:
+        return ChatTemplate(engine.tokenizer.chat_template, **tokens)
+    except ConfigError as error:  # the model can still complete text
+        logger.warning("chat is not served: %s", error)
+        return None

@@ -1,0 +1,84 @@
+"""The `octavo` command: a table of subcommands, each loaded only when it is the one asked for."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast
+
+from engine.errors import ConfigError, OctavoError
+
+
+class Command(NamedTuple):
+    """One line of the table."""
+
+    help: str
+    module: str
+
+
+class CommandModule(Protocol):
+    """What a command's module offers. Importing it must be cheap: what is heavy is imported by ``run``."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's flags."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; the result is the exit code."""
+
+
+COMMANDS = {
+    "serve": Command("serve a model over the OpenAI API", "server.commands.serve"),
+    "chat": Command("talk with a model in the terminal", "server.commands.chat"),
+    "generate": Command("continue one prompt on standard output", "server.commands.generate"),
+    "bench": Command("measure a server under load", "bench.cli"),
+    "version": Command("print the version", "server.commands.version"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns its exit code: 2 for settings that cannot work, 1 for other failures."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "--version":
+        argv = ["version", *argv[1:]]
+    name = argv[0] if argv and argv[0] in COMMANDS else None
+    parser, module = _parser(name)
+    args = parser.parse_args(argv)
+    if module is None:
+        parser.print_help()
+        return 2
+    try:
+        return module.run(args)
+    except OctavoError as error:
+        if getattr(args, "log_level", None) == "debug":
+            raise
+        print(f"octavo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (`octavo generate … | head`) has seen enough. Standard output cannot be
+        # flushed any more, and the interpreter would complain about that at exit.
+        sys.stdout = None
+        return 1
+
+
+def _parser(name: str | None) -> tuple[argparse.ArgumentParser, CommandModule | None]:
+    """The parser with one line per command; only the command ``name`` is loaded and gets its flags."""
+    parser = argparse.ArgumentParser(
+        prog="octavo",
+        description="Serve language models over the OpenAI API, from a shared and budgeted, paged KV cache.",
+        epilog="`octavo COMMAND --help` lists a command's flags.",
+        allow_abbrev=False,
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND", title="commands")
+    module = None
+    for command, (line, where) in COMMANDS.items():
+        subparser = subparsers.add_parser(command, help=line, description=f"{line[0].upper()}{line[1:]}.")
+        if command == name:
+            module = cast(CommandModule, importlib.import_module(where))
+            module.add_arguments(subparser)
+    return parser, module
+
+
+if __name__ == "__main__":
+    sys.exit(main())

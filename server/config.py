@@ -1,0 +1,39 @@
+"""How the server listens, and what it lets one client take."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.config import boolean, check, choice, integer, memory, number, path, setting, text, texts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Settings of `octavo serve` beside those of the engine; given by the mechanism of `engine.config`."""
+
+    host: str = setting("127.0.0.1", text, "address to listen on; 0.0.0.0 for every one", metavar="HOST")
+    port: int = setting(8000, integer(0, 65535), "port to listen on; 0 for any free one", metavar="N")
+    api_key: tuple[str, ...] = setting(
+        (), texts, "key that clients must send; may be given more than once", metavar="KEY", secret=True
+    )
+    served_model_name: tuple[str, ...] = setting(
+        (), texts, "name of the model to clients; may be given more than once", metavar="NAME"
+    )
+    chat_template: Path | None = setting(  # noqa: RUF009 — immutable
+        None, path, "file with a Jinja chat template to use instead of the model's", metavar="FILE"
+    )
+    metrics_compat: bool = setting(False, boolean, "repeat /metrics under vLLM's names, for its dashboards")
+    max_waiting: int = setting(1024, integer(1), "requests that may queue for a place; more get a 429", metavar="N")
+    max_body_size: int = setting(8 * 2**20, memory, "size of a request's body, at most", metavar="SIZE")
+    drain_timeout: float = setting(
+        30.0, number(0, 86400), "seconds that running requests get to finish on SIGTERM", metavar="S"
+    )
+    send_timeout: float = setting(
+        60.0, number(0.1, 86400), "seconds after which a client that does not read is cut off", metavar="S"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "info", choice("debug", "info", "warning", "error"), "what to log", metavar="LEVEL"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)

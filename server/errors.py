@@ -1,0 +1,121 @@
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, whatever went wrong.
+
+Messages never hold an address, a path or a traceback: what is not meant for the client is logged instead.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from engine.errors import EngineDeadError, InvalidRequestError, OctavoError
+
+logger = logging.getLogger("octavo.server")
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """An answer other than 200: raised anywhere in a route, before the first byte goes out."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+
+def error_body(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, dict[str, str | None]]:
+    """OpenAI's error object, with all four keys."""
+    kind = _TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: ApiError) -> Response:
+    """The HTTP answer for an error."""
+    body = error_body(error.status, error.message, param=error.param, code=error.code)
+    return Response(json.dumps(body), error.status, error.headers, media_type="application/json")
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What the client is told of any error; the details of an unexpected one are logged here, once."""
+    match error:
+        case ApiError():
+            return error
+        case InvalidRequestError():
+            return ApiError(400, str(error), param=error.param, code=error.code)
+        case ValidationError():
+            return _validation_error(error)
+        case ClientDisconnect():
+            return ApiError(499, "The client left.")  # nobody reads this
+        case RequestValidationError():
+            return ApiError(400, "The request is malformed.")
+        case HTTPException():
+            return _http_error(error)
+        case EngineDeadError():
+            return ApiError(500, "The engine has failed; the server is about to stop.", code="engine_dead")
+        case OctavoError():
+            logger.error("request failed: %s", error)
+            return ApiError(500, "The request failed in the engine.", code="engine_error")
+        case _:
+            logger.error("request failed", exc_info=error)
+            return ApiError(500, "The server failed to answer this request.", code="internal_error")
+
+
+def _http_error(error: HTTPException) -> ApiError:
+    codes = {404: "unknown_url", 405: "method_not_allowed"}
+    messages = {404: "There is nothing at this URL.", 405: "This URL does not take this method."}
+    message = messages.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, message, code=codes.get(error.status_code), headers=error.headers)
+
+
+def _validation_error(error: ValidationError) -> ApiError:
+    """The first of pydantic's complaints, as `messages[0].content: …`."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"The body is not valid JSON: {message.removeprefix('Invalid JSON: ')}.")
+    param = _param(first["loc"])
+    return ApiError(400, f"{param}: {message}" if param else message, param=param)
+
+
+def _param(location: tuple[int | str, ...]) -> str | None:
+    """("messages", 0, "content") as `messages[0].content`; keys that a client chose freely are cut short."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in location)
+    return text.removeprefix(".") or None
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of ``app`` answer in OpenAI's shape."""
+
+    async def handle(request: Request, error: Any) -> Response:
+        return error_response(as_api_error(error))
+
+    expected = (ApiError, OctavoError, HTTPException, ValidationError, RequestValidationError)
+    for kind in (*expected, Exception):
+        app.add_exception_handler(kind, handle)

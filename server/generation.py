@@ -1,0 +1,144 @@
+"""One HTTP request's generation: its prompts in the engine, their outputs merged, aborted when the client leaves."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Self
+
+from starlette.types import Receive
+
+from engine.errors import OctavoError
+from engine.outputs import Output
+from engine.sampling_params import SamplingParams
+from server.errors import ApiError
+from server.protocol import SamplingBody, TokenIds
+
+if TYPE_CHECKING:
+    from engine.async_engine import AsyncEngine
+    from engine.request_state import RequestStream
+
+Outputs = AsyncGenerator[tuple[int, Output], None]
+
+
+class Generation:
+    """The streams of a request's prompts, ``n`` choices each; choice index = prompt · n + continuation."""
+
+    def __init__(self, streams: Sequence["RequestStream"], n: int, prompt_tokens: int) -> None:
+        self._streams = streams
+        self._n = n
+        self._prompt_tokens = prompt_tokens
+        self.generated_tokens = 0
+
+    @classmethod
+    def submit(
+        cls,
+        engine: "AsyncEngine",
+        prompts: Sequence[TokenIds],
+        params: SamplingParams,
+        body: SamplingBody,
+        request_id: str,
+    ) -> Self:
+        """Hand every prompt to the engine, or none.
+
+        Raises:
+            InvalidRequestError, EngineDeadError: the engine takes none of them.
+        """
+        streams: list[RequestStream] = []
+        try:
+            for index, prompt in enumerate(prompts):
+                stream = engine.submit(
+                    prompt,
+                    params,
+                    request_id=f"{request_id}-{index}",
+                    cache_salt=body.cache_salt,
+                )
+                streams.append(stream)
+        except BaseException:
+            for stream in streams:
+                stream.abort()
+            raise
+        return cls(streams, params.n, sum(map(len, prompts)))
+
+    def abort(self) -> None:
+        """Free everything at once; ``outputs`` ends. Harmless when all is done."""
+        for stream in self._streams:
+            stream.abort()
+
+    @property
+    def usage(self) -> dict[str, object]:
+        """OpenAI's usage object, of what has been read so far."""
+        prompt = self._prompt_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.generated_tokens,
+            "total_tokens": prompt + self.generated_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in self._streams)},
+        }
+
+    async def outputs(self) -> Outputs:
+        """(choice index, output) of all prompts, as they come.
+
+        Raises:
+            OctavoError, ApiError: the engine failed, or gave a choice up.
+        """
+        pairs = _alone(self._streams[0]) if len(self._streams) == 1 else self._merge()
+        async with contextlib.aclosing(pairs):
+            async for index, output in pairs:
+                self.generated_tokens += len(output.token_ids)
+                if output.finish_reason == "error":
+                    raise OctavoError("the engine gave the request up")
+                if output.finish_reason == "abort":
+                    raise ApiError(503, "The request was stopped by the server.", code="aborted")
+                yield index, output
+
+    async def _merge(self) -> Outputs:
+        """All streams fairly: each waits its turn to put the next output into a queue with room for one per stream."""
+        queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue(len(self._streams))
+
+        async def pump(base: int, stream: "RequestStream") -> None:
+            try:
+                async for output in stream:
+                    await queue.put((base + output.index, output))
+            except Exception as error:  # noqa: BLE001 — raised again by the reader
+                await queue.put(error)
+            else:
+                await queue.put(None)
+
+        tasks = [asyncio.create_task(pump(index * self._n, stream)) for index, stream in enumerate(self._streams)]
+        try:
+            running = len(tasks)
+            while running:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    running -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    @contextlib.asynccontextmanager
+    async def watched(self, receive: Receive) -> AsyncIterator[None]:
+        """Abort as soon as the client disconnects, and in any case on leaving the block.
+
+        The request's body must have been read: what ``receive`` brings then can only be the end.
+        """
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self.abort()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watcher.cancel()
+            self.abort()
+
+
+async def _alone(stream: "RequestStream") -> Outputs:
+    async for output in stream:
+        yield output.index, output

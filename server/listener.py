@@ -1,0 +1,148 @@
+"""uvicorn, with what it leaves open closed: the size of headers, and the end of the process."""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from engine.errors import ConfigError
+from server.config import ServerConfig
+from server.errors import error_body
+from server.serving import Serving
+
+MAX_HEADER_SIZE = 64 * 1024
+"""Bytes of a request's line and headers, at most: the parser itself takes 20 MB and more."""
+
+_WATCH_PERIOD = 1.0
+_WATCH_PATIENCE = 2
+"""Failed looks at the engine's health, a period apart, until the server gives up."""
+
+
+class Http(HttpToolsProtocol):
+    """HTTP/1.1 with limited headers, and with malformed HTTP refused in OpenAI's shape."""
+
+    _unfinished = 0  # bytes received since the headers began, while they are incomplete
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._unfinished = 1
+
+    def on_headers_complete(self) -> None:
+        """Its headers are complete."""
+        self._unfinished = 0
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came in."""
+        super().data_received(data)
+        if self._unfinished:
+            self._unfinished += len(data)
+            if self._unfinished > MAX_HEADER_SIZE and not self.transport.is_closing():
+                self.send_400_response(f"The request's headers are larger than {MAX_HEADER_SIZE} bytes.")
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not even HTTP, and hang up."""
+        body = json.dumps(error_body(400, msg)).encode()
+        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Says when it is ready, turns not ready on the first signal, and stops when the engine has failed."""
+
+    def __init__(self, config: uvicorn.Config, serving: Serving, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.engine_failed = False
+        self.serving = serving
+        self._on_ready = on_ready
+        self._failures = 0
+        self._last_look = 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and tell."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look after the engine; called ten times a second. True ends the server."""
+        now = time.monotonic()
+        if now - self._last_look >= _WATCH_PERIOD:
+            self._last_look = now
+            self._failures = 0 if self.serving.engine.is_healthy() else self._failures + 1
+            self.engine_failed = self._failures >= _WATCH_PATIENCE
+        return self.engine_failed or await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        """The first signal: no new work."""
+        self.serving.lifecycle.draining = True
+        super().handle_exit(sig, frame)  # type: ignore[arg-type]
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """As uvicorn does, but a signal that was answered by a clean stop does not kill the process after it."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """Take the address, before the model is loaded: a taken port is known at once.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    last: OSError | None = None
+    with suppress(socket.gaierror):
+        for family, kind, proto, _, address in socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            sock = socket.socket(family, kind, proto)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(address)
+            except OSError as error:
+                sock.close()
+                last = error
+            else:
+                return sock
+    reason = last.strerror if last else "no such address"
+    raise ConfigError(f"cannot listen on {config.host} port {config.port}: {reason}")
+
+
+async def serve(server: Server, sock: socket.socket) -> int:
+    """Serve until a signal or the engine's failure, with the engine running; returns the exit code."""
+    engine = server.serving.engine
+    await engine.start()
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        await engine.stop()
+    return 1 if server.engine_failed or not server.started else 0
+
+
+def make_server(app: FastAPI, config: ServerConfig, on_ready: Callable[[], None]) -> Server:
+    """The server, not yet running."""
+    settings = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        loop="uvloop",
+        http=Http,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=65,
+        timeout_graceful_shutdown=int(config.drain_timeout),
+    )
+    return Server(settings, app.state.serving, on_ready)

@@ -1,0 +1,276 @@
+"""The requests of OpenAI's API and its common extensions, checked strictly.
+
+Bodies are validated straight from their bytes: a boolean is no integer, "3" is no number, NaN and infinity
+are nothing, and a lone surrogate is no text. Unknown fields are ignored, as OpenAI's clients expect. A field
+that is known but not served yet is declared as such, and refuses every value but those that change nothing.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+
+from engine.errors import InvalidRequestError
+
+MAX_N = 128
+MAX_STOPS = 4
+MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_BIASES = 1024
+MAX_CHOICES = 2048
+"""Prompts times n of one request."""
+MAX_NAME_LENGTH = 256
+
+TokenIds = list[int]
+_INTS = {"type": "array", "items": {"type": "integer"}}
+_STRINGS = {"type": "array", "items": {"type": "string"}}
+
+
+def unserved(*neutral: object) -> AfterValidator:
+    """For a field that is not served yet: null and the ``neutral`` values pass, for they ask for nothing."""
+
+    def check(value: object) -> None:
+        if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
+            raise ValueError("this is not served yet; leave it out")
+
+    return AfterValidator(check)
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _prompts(value: object) -> list[str | TokenIds]:
+    """Any of the four forms of a prompt, as a list with one entry per prompt."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if _is_ids(value):
+            return [value]
+        if all(isinstance(item, str) for item in value) or all(map(_is_ids, value)):
+            return value
+    raise ValueError("must be text, a list of texts, a list of token ids, or a list of such lists; not empty")
+
+
+def _stops(value: object) -> list[str]:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("must be text, or a list of texts")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"at most {MAX_STOPS} stop strings are taken")
+    if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        raise ValueError(f"a stop string has 1 to {MAX_STOP_LENGTH} characters")
+    return stops
+
+
+def _content(value: object) -> str | None:
+    """A message's text; the text parts of a list are joined by newlines."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be text, or a list of text parts")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise ValueError("each part must be an object with a type")
+        if part["type"] != "text":
+            raise ValueError(f"parts of type {part['type'][:64]!r} are not served; only 'text' is")
+        if not isinstance(part.get("text"), str):
+            raise ValueError("a part of type 'text' must have a text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+Prompt = Annotated[
+    list[str | TokenIds],
+    PlainValidator(_prompts),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, _STRINGS, _INTS, {"type": "array", "items": _INTS}], "title": "Prompt"}
+    ),
+]
+Stops = Annotated[
+    list[str],
+    PlainValidator(_stops),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS, {"type": "null"}]}),
+]
+Content = Annotated[
+    str | None,
+    PlainValidator(_content),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}),
+]
+Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH)]
+
+
+class Body(BaseModel):
+    """Base of everything that a client sends."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True, protected_namespaces=())
+
+
+class StreamOptions(Body):
+    """What a stream adds to its chunks."""
+
+    include_usage: bool | None = None
+
+
+class SamplingBody(Body):
+    """What both endpoints take to steer sampling."""
+
+    model: Name | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None = (
+        None
+    )
+
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    stop: Stops = []
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None
+    ) = None
+    ignore_eos: bool | None = None
+
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)] | None = None
+    user: str | None = None
+
+    priority: Annotated[Any, unserved(0)] = None
+    kv_policy: Annotated[Any, unserved("full", {"type": "full"})] = None
+    use_beam_search: Annotated[Any, unserved(False)] = None
+    bad_words: Annotated[Any, unserved([])] = None
+    allowed_token_ids: Annotated[Any, unserved()] = None
+    prompt_logprobs: Annotated[Any, unserved()] = None
+    skip_special_tokens: Annotated[Any, unserved(True)] = None
+    include_stop_str_in_output: Annotated[Any, unserved(False)] = None
+    truncate_prompt_tokens: Annotated[Any, unserved()] = None
+    structured_outputs: Annotated[Any, unserved()] = None
+    guided_json: Annotated[Any, unserved()] = None
+    guided_regex: Annotated[Any, unserved()] = None
+    guided_choice: Annotated[Any, unserved()] = None
+    guided_grammar: Annotated[Any, unserved()] = None
+    response_format: Annotated[Any, unserved({"type": "text"})] = None
+
+    @model_validator(mode="after")
+    def _options_belong_to_streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options is only allowed when stream is true", param="stream_options")
+        return self
+
+
+class CompletionRequest(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    add_special_tokens: bool | None = None
+
+    suffix: Annotated[Any, unserved("")] = None
+    prompt_embeds: Annotated[Any, unserved()] = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        n = self.n or 1
+        if self.best_of is not None and self.best_of != n:
+            raise InvalidRequestError("best_of other than n is not served yet", param="best_of")
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequestError("logprobs together with echo is not served yet", param="logprobs")
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequestError("max_tokens may only be 0 together with echo", param="max_tokens")
+        if len(self.prompt) * n > MAX_CHOICES:
+            raise InvalidRequestError(f"prompts times n must be at most {MAX_CHOICES}", param="n")
+        return self
+
+
+class Message(Body):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content = None
+    name: Name | None = None
+    tool_calls: Annotated[Any, unserved([])] = None
+    function_call: Annotated[Any, unserved()] = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.role in ("tool", "function"):
+            raise ValueError("tools are not served yet")
+        if self.content is None:
+            raise ValueError("content must not be empty")
+        return self
+
+
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
+class ChatRequest(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[Name, Any] | None = None
+
+    tools: Annotated[Any, unserved([])] = None
+    tool_choice: Annotated[Any, unserved("none", "auto")] = None
+    functions: Annotated[Any, unserved([])] = None
+    function_call: Annotated[Any, unserved("none", "auto")] = None
+    modalities: Annotated[Any, unserved(["text"])] = None
+    audio: Annotated[Any, unserved()] = None
+    prediction: Annotated[Any, unserved()] = None
+    web_search_options: Annotated[Any, unserved()] = None
+    documents: Annotated[Any, unserved([])] = None
+    chat_template: Annotated[Any, unserved()] = None
+    continue_final_message: Annotated[Any, unserved(False)] = None
+    echo: Annotated[Any, unserved(False)] = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+        return self
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: a prompt, or messages to put through the chat template."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[Name, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("either prompt or messages is needed", param="prompt")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: Name | None = None
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]

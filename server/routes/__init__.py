@@ -1,0 +1,1 @@
+"""The routes, split by room: each module has one `router`."""

@@ -1,0 +1,104 @@
+"""POST /v1/chat/completions."""
+
+import json
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from engine.errors import InvalidRequestError
+from engine.outputs import TokenLogprob
+from server.answers import Choice, answer, collect, head_of
+from server.generation import Generation
+from server.logprobs import chat_logprobs
+from server.openapi import takes
+from server.protocol import ChatRequest
+from server.sampling import sampling_params
+from server.serving import Serving, read_body
+from server.sse import EventStream, Frame, quote
+
+router = APIRouter(tags=["chat"])
+
+_ROLE = '"delta": {"role": "assistant", "content": ""}, "logprobs": null'
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request, checked and with its engine at work."""
+
+    body: ChatRequest
+    serving: Serving
+    head: dict[str, Any]
+    generation: Generation
+
+    @property
+    def choices(self) -> int:
+        """How many answers are wanted."""
+        return self.body.n or 1
+
+    def logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """The log-probabilities of some tokens, if they are asked for."""
+        if not self.body.logprobs:
+            return None
+        return chat_logprobs(self.serving.engine.tokenizer, tokens, self.body.top_logprobs or 0)
+
+
+@router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
+async def chat_completions(request: Request) -> Response:
+    """Answer the last message of a conversation."""
+    job = await _start(Serving.of(request), await read_body(request, ChatRequest))
+    if job.body.stream:
+        return EventStream(_chunks(job), job.generation, job.serving.config.send_timeout)
+    choices = await collect(job.generation, job.choices, request)
+    return answer(job.head, [_choice(job, index, one) for index, one in enumerate(choices)], job.generation)
+
+
+async def _start(serving: Serving, body: ChatRequest) -> Job:
+    model = serving.model(body.model)
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != wanted:
+        raise InvalidRequestError("max_tokens and max_completion_tokens disagree", param="max_tokens")
+    prompt = await serving.render(
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt,
+        variables=body.chat_template_kwargs,
+    )
+    room = serving.room([prompt], wanted, "messages")
+    params = sampling_params(
+        body,
+        serving,
+        max_tokens=room if wanted is None else wanted,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    serving.admit()
+    head = head_of("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", model)
+    return Job(body, serving, head, Generation.submit(serving.engine, [prompt], params, body, head["id"]))
+
+
+def _choice(job: Job, index: int, choice: Choice) -> dict[str, Any]:
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "logprobs": job.logprobs(choice.logprobs),
+        "finish_reason": choice.finish_reason,
+    }
+
+
+async def _chunks(job: Job) -> AsyncGenerator[bytes, None]:
+    options = job.body.stream_options
+    frame = Frame(
+        job.head,
+        include_usage=options is not None and options.include_usage is True,
+    )
+    begun = [False] * job.choices
+    async for index, output in job.generation.outputs():
+        content = f'"content": {quote(output.text)}' if output.text or not output.finish_reason else ""
+        logprobs = json.dumps(job.logprobs(output.logprobs)) if job.body.logprobs else "null"
+        chunk = frame.choice(index, f'"delta": {{{content}}}, "logprobs": {logprobs}', output.finish_reason)
+        if not begun[index]:
+            begun[index] = True
+            chunk = frame.choice(index, _ROLE, None) + chunk
+        yield chunk
+    yield frame.last(job.generation.usage)

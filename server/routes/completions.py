@@ -1,0 +1,112 @@
+"""POST /v1/completions."""
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.answers import Choice, answer, collect, head_of
+from server.generation import Generation
+from server.logprobs import LegacyLogprobs
+from server.openapi import takes
+from server.protocol import CompletionRequest, TokenIds
+from server.sampling import sampling_params
+from server.serving import Serving, read_body
+from server.sse import EventStream, Frame, quote
+
+router = APIRouter(tags=["completions"])
+
+DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request, checked and put into tokens."""
+
+    body: CompletionRequest
+    serving: Serving
+    head: dict[str, Any]
+    prompts: Sequence[TokenIds]
+    echoes: Sequence[str]
+    """Per choice, what its text begins with."""
+    max_tokens: int
+
+    def logprobs(self) -> LegacyLogprobs | None:
+        """A maker of log-probabilities for one choice, if they are asked for."""
+        count = self.body.logprobs
+        return None if count is None else LegacyLogprobs(self.serving.engine.tokenizer, count)
+
+
+@router.post("/v1/completions", openapi_extra=takes(CompletionRequest))
+async def completions(request: Request) -> Response:
+    """Continue each of the prompts."""
+    job = await _prepare(Serving.of(request), await read_body(request, CompletionRequest))
+    generation = _start(job)
+    if job.body.stream:
+        return EventStream(_chunks(job, generation), generation, job.serving.config.send_timeout)
+    if job.max_tokens:
+        choices = await collect(generation, len(job.echoes), request)
+    else:
+        choices = [Choice(finish_reason="length") for _ in job.echoes]
+    return answer(job.head, [_choice(job, index, one) for index, one in enumerate(choices)], generation)
+
+
+async def _prepare(serving: Serving, body: CompletionRequest) -> Job:
+    """Everything that can refuse the request, before the engine hears of it."""
+    model = serving.model(body.model)
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
+    for prompt in prompts:
+        serving.check_ids(prompt, "prompt")
+    if texts:  # a prompt is all texts or all ids
+        prompts = await serving.encode(texts, add_special_tokens=body.add_special_tokens is not False, param="prompt")
+    room = serving.room(prompts, body.max_tokens, "prompt")
+    echoes = [""] * len(prompts)
+    if body.echo:
+        echoes = texts or [serving.engine.tokenizer.decode(prompt) for prompt in prompts]
+    return Job(
+        body=body,
+        serving=serving,
+        head=head_of("cmpl", "text_completion", model),
+        prompts=prompts,
+        echoes=[echo for echo in echoes for _ in range(body.n or 1)],
+        max_tokens=min(DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens, room),
+    )
+
+
+def _start(job: Job) -> Generation:
+    body, serving = job.body, job.serving
+    params = sampling_params(body, serving, max_tokens=job.max_tokens, logprobs=body.logprobs)
+    serving.admit()
+    if not job.max_tokens:  # only the echo is wanted: that needs no engine
+        return Generation([], params.n, sum(map(len, job.prompts)))
+    return Generation.submit(serving.engine, job.prompts, params, body, job.head["id"])
+
+
+def _choice(job: Job, index: int, choice: Choice) -> dict[str, Any]:
+    logprobs = job.logprobs()
+    return {
+        "index": index,
+        "text": job.echoes[index] + choice.text,
+        "logprobs": None if logprobs is None else logprobs.add(choice.logprobs),
+        "finish_reason": choice.finish_reason,
+    }
+
+
+async def _chunks(job: Job, generation: Generation) -> AsyncGenerator[bytes, None]:
+    frame = Frame(
+        job.head,
+        include_usage=job.body.stream_options is not None and job.body.stream_options.include_usage is True,
+    )
+    reason = None if job.max_tokens else "length"
+    for index, echo in enumerate(job.echoes):
+        if echo or reason:
+            yield frame.choice(index, f'"text": {quote(echo)}, "logprobs": null', reason)
+    makers = [job.logprobs() for _ in job.echoes]
+    async for index, output in generation.outputs():
+        maker = makers[index]
+        logprobs = "null" if maker is None else maker.add_json(output.logprobs)
+        yield frame.choice(index, f'"text": {quote(output.text)}, "logprobs": {logprobs}', output.finish_reason)
+    yield frame.last(generation.usage)

@@ -1,0 +1,39 @@
+"""POST /tokenize and /detokenize: what the model sees of a text."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from server.openapi import takes
+from server.protocol import DetokenizeRequest, TokenizeRequest
+from server.serving import Serving, read_body
+
+router = APIRouter(tags=["tokens"])
+
+
+@router.post("/tokenize", openapi_extra=takes(TokenizeRequest))
+async def tokenize(request: Request) -> dict[str, Any]:
+    """Token ids of a text, or of a conversation."""
+    serving = Serving.of(request)
+    body = await read_body(request, TokenizeRequest)
+    serving.model(body.model)
+    if body.messages is not None:
+        ids = await serving.render(
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            variables=body.chat_template_kwargs,
+        )
+    else:
+        special = body.add_special_tokens is not False
+        (ids,) = await serving.encode([body.prompt or ""], add_special_tokens=special, param="prompt")
+    return {"tokens": ids, "count": len(ids), "max_model_len": serving.engine.max_model_len}
+
+
+@router.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
+async def detokenize(request: Request) -> dict[str, str]:
+    """The text of token ids, special tokens included."""
+    serving = Serving.of(request)
+    body = await read_body(request, DetokenizeRequest)
+    serving.model(body.model)
+    serving.check_ids(body.tokens, "tokens")
+    return {"prompt": serving.engine.tokenizer.decode(body.tokens, skip_special_tokens=False)}

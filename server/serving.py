@@ -1,0 +1,188 @@
+"""What every route needs at hand: the engine, the settings, and the checks that come before any work."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from starlette.requests import Request
+
+from engine.errors import InvalidRequestError
+from server.chat_template import ChatTemplate
+from server.config import ServerConfig
+from server.errors import ApiError
+from server.protocol import Body, Message, TokenIds
+
+if TYPE_CHECKING:
+    from engine.async_engine import AsyncEngine
+
+    from server.metrics import Metrics
+
+B = TypeVar("B", bound=Body)
+
+_INLINE_CHARACTERS = 16384
+"""Text up to this length is tokenized at once (about a millisecond); longer text in a thread, to hold up nobody."""
+
+
+@dataclass
+class Lifecycle:
+    """The one thing that changes: whether the server is about to stop."""
+
+    draining: bool = False
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Hangs on ``app.state.serving``."""
+
+    engine: "AsyncEngine"
+    config: ServerConfig
+    metrics: "Metrics"
+    model_names: tuple[str, ...]
+    template: ChatTemplate | None
+    created: int
+    """Unix time of the start."""
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """The instance that belongs to the request's app."""
+        serving = request.app.state.serving
+        assert isinstance(serving, cls)
+        return serving
+
+    def model(self, name: str | None) -> str:
+        """The name to answer with.
+
+        Raises:
+            ApiError: 404, the request asks for a model that is not served.
+        """
+        if name is None:
+            return self.model_names[0]
+        if name not in self.model_names:
+            raise ApiError(404, f"The model {name!r} does not exist here.", param="model", code="model_not_found")
+        return name
+
+    def admit(self) -> None:
+        """Let a request in.
+
+        Raises:
+            ApiError: 503 while starting or stopping, 429 if the queue is full.
+        """
+        if self.engine.is_healthy() and (self.lifecycle.draining or not self.engine.is_ready()):
+            raise ApiError(503, "The server is starting or stopping.", headers={"Retry-After": "5"})
+        if self.engine.stats().num_waiting >= self.config.max_waiting:
+            raise ApiError(
+                429,
+                "Too many requests are waiting; try again shortly.",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool, param: str) -> list[TokenIds]:
+        """Token ids of each text.
+
+        Raises:
+            InvalidRequestError: a text is empty, or so long that it cannot fit.
+        """
+
+        def work() -> list[TokenIds]:
+            return [self.engine.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+        length = max(map(len, texts), default=0)
+        if length > _INLINE_CHARACTERS and length > self._longest_token * self.engine.max_model_len:
+            raise InvalidRequestError(
+                f"the text of {length} characters has more than {self.engine.max_model_len} tokens, "
+                "the model's context length",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+            return work()
+        return await asyncio.to_thread(work)
+
+    async def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool | None,
+        variables: dict[str, Any] | None,
+    ) -> TokenIds:
+        """Token ids of a conversation. The template writes the special tokens, so none are added.
+
+        Raises:
+            ApiError, InvalidRequestError: 400, the model has no template, or it refuses the conversation.
+        """
+        if self.template is None:
+            raise ApiError(400, "This model has no chat template; use /v1/completions.", code="no_chat_template")
+        turns = [
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": message.content,
+                **({} if message.name is None else {"name": message.name}),
+            }
+            for message in messages
+        ]
+        text = self.template.render(
+            turns, add_generation_prompt=add_generation_prompt is not False, variables=variables
+        )
+        return (await self.encode([text], add_special_tokens=False, param="messages"))[0]
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Check that token ids exist.
+
+        Raises:
+            InvalidRequestError: one does not.
+        """
+        size = self.engine.tokenizer.vocab_size
+        if ids and not (min(ids) >= 0 and max(ids) < size):
+            raise InvalidRequestError(f"{param}: token ids must be from 0 to {size - 1}", param=param)
+
+    def room(self, prompts: Sequence[TokenIds], max_tokens: int | None, param: str) -> int:
+        """The tokens that the longest prompt leaves to be generated.
+
+        Raises:
+            InvalidRequestError: a prompt is empty, or does not fit with ``max_tokens`` (None: with one) more.
+        """
+        limit = self.engine.max_model_len
+        lengths = [len(prompt) for prompt in prompts]
+        if not all(lengths):
+            raise InvalidRequestError("a prompt must have at least one token", param=param)
+        wanted = 1 if max_tokens is None else max_tokens
+        if max(lengths) + wanted > limit:
+            raise InvalidRequestError(
+                f"the model's context length is {limit} tokens; the request has {max(lengths)} in its prompt "
+                f"and asks for {wanted} more",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return limit - max(lengths)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        vocabulary: dict[str, int] = self.engine.tokenizer.backend.get_vocab()
+        return max(map(len, vocabulary), default=1)
+
+
+async def read_body(request: Request, kind: type[B]) -> B:
+    """Read and check a request's JSON body.
+
+    Raises:
+        ApiError: 413 too large, 415 not JSON by its own account.
+        pydantic.ValidationError: not what ``kind`` takes.
+    """
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise ApiError(415, "The body must be JSON, with the header 'Content-Type: application/json'.")
+    limit = Serving.of(request).config.max_body_size
+    too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length[:20]) > limit:
+        raise too_large
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise too_large
+    return kind.model_validate_json(bytes(body))

@@ -1,0 +1,175 @@
+"""An engine without a model: the same interface, deterministic words, and a memory of what was done to it."""
+
+import asyncio
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from engine.errors import EngineDeadError, OctavoError
+from engine.outputs import Output, TokenLogprob
+from engine.sampling_params import SamplingParams
+from engine.text_stream import TextStream
+from engine.tokenizer import Tokenizer
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'system' and not loop.first %}"
+    "{{ raise_exception('The system message must come first.') }}{% endif %}"
+    "<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SENTENCE = "The café's 😀 answer is "
+
+
+def byte_tokenizer(chat_template: str | None = TEMPLATE) -> Tokenizer:
+    """One token per byte, and `<s>` and `</s>`; a text's ids begin with `<s>`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return Tokenizer(
+        backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        eos_token_ids=frozenset({257}),
+        chat_template=chat_template,
+    )
+
+
+@dataclass
+class FakeStream:
+    """What `submit` returns: outputs that come as fast as the loop turns, or every ``pace`` seconds."""
+
+    engine: "FakeEngine"
+    prompt: Sequence[int]
+    params: SamplingParams
+    request_id: str
+    aborted: bool = False
+    produced: int = 0
+    cached_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.prompt)
+        self._outputs = self._all()
+        self._end = asyncio.Event()
+
+    def __aiter__(self) -> "FakeStream":
+        return self
+
+    async def __anext__(self) -> Output:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.engine.pace):
+                await self._end.wait()
+        if self.aborted:
+            raise StopAsyncIteration
+        if self.engine.fail_after is not None and self.produced >= self.engine.fail_after:
+            self.engine.open.discard(self)
+            raise OctavoError("a secret at /home/user")
+        self.cached_tokens = len(self.prompt) // 16 * 16
+        self.produced += 1
+        try:
+            return next(self._outputs)
+        except StopIteration:
+            self.engine.open.discard(self)
+            raise StopAsyncIteration from None
+
+    def abort(self) -> None:
+        if self in self.engine.open:
+            self.engine.open.discard(self)
+            self.aborted = True
+            self._end.set()
+            self.engine.aborted.append(self)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def _all(self) -> Iterator[Output]:
+        """Every continuation in turn, token by token: no two of a request's texts are equal."""
+        running = [self._one(index) for index in range(self.params.n)]
+        for outputs in itertools.zip_longest(*running):
+            yield from (output for output in outputs if output is not None)
+
+    def _one(self, index: int) -> Iterator[Output]:
+        tokenizer = self.engine.tokenizer
+        words = f"{SENTENCE}{sum(self.prompt)}, {self.params.seed} or {index}."
+        ids = tokenizer.encode(words, add_special_tokens=False)
+        limit = self.params.max_tokens
+        assert limit is not None
+        if self.params.ignore_eos:
+            ids = list(itertools.islice(itertools.cycle(ids), limit))
+        text = TextStream(tokenizer, self.params.stop)
+        for position, token in enumerate(ids[:limit], start=1):
+            piece = text.push(token, may_stop=True)
+            last = position == min(limit, len(ids))
+            reason = "stop" if piece.stop or (last and position == len(ids) < limit) else "length" if last else None
+            rest = text.finish() if reason and not piece.stop else ""
+            yield Output(index, piece.text + rest, (token,), self._logprobs(token), reason, piece.stop)
+            if piece.stop:
+                return
+
+    def _logprobs(self, token: int) -> tuple[TokenLogprob, ...]:
+        count = self.params.logprobs
+        if count is None:
+            return ()
+        top = ((65, -0.5), (token, -1.5), (66, -math.inf), (67, -3.0), (68, -4.0))
+        return (TokenLogprob(token, -1.5, top[:count]),)
+
+
+@dataclass(eq=False)
+class FakeEngine:
+    """See `engine.async_engine.AsyncEngine`."""
+
+    tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
+    model_name: str = "fake"
+    max_model_len: int = 256
+    default_sampling: Mapping[str, Any] = field(default_factory=dict)
+    pace: float = 0.0
+    fail_after: int | None = None
+    healthy: bool = True
+    ready: bool = True
+    waiting: int = 0
+    open: set[FakeStream] = field(default_factory=set)
+    aborted: list[FakeStream] = field(default_factory=list)
+    submitted: list[FakeStream] = field(default_factory=list)
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        for stream in list(self.open):
+            stream.abort()
+
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, *, request_id: str, cache_salt: str | None = None
+    ) -> FakeStream:
+        if not self.healthy:
+            raise EngineDeadError("the loop broke at /home/user")
+        stream = FakeStream(self, prompt, params, request_id)
+        self.submitted.append(stream)
+        self.open.add(stream)
+        return stream
+
+    def is_healthy(self) -> bool:
+        return self.healthy
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+    def stats(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            num_running=len(self.open),
+            num_waiting=self.waiting,
+            kv_usage=0.25,
+            used_blocks=4,
+            num_blocks=16,
+            block_size=16,
+        )

@@ -1,0 +1,298 @@
+"""Bad input: a 4xx in OpenAI's shape, nothing given away, and the server serves on."""
+
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+
+from server.config import ServerConfig
+from tests.server.conftest import Live
+from tests.server.fakes import FakeEngine
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+HI = {"role": "user", "content": "Hi"}
+
+
+def check_error(answer: Any, status: int) -> dict[str, Any]:
+    """The error object, after checking that it is one."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert list(body) == ["error"]
+    error = body["error"]
+    assert sorted(error) == ["code", "message", "param", "type"]
+    assert error["message"]
+    assert isinstance(error["message"], str)
+    assert isinstance(error["type"], str)
+    assert error["param"] is None or isinstance(error["param"], str)
+    assert error["code"] is None or isinstance(error["code"], str)
+    assert "Traceback" not in answer.text
+    assert "pydantic" not in answer.text
+    return dict(error)
+
+
+def completion(**fields: object) -> tuple[str, dict[str, object]]:
+    return COMPLETIONS, {"prompt": "x", **fields}
+
+
+def chat(**fields: object) -> tuple[str, dict[str, object]]:
+    return CHAT, {"messages": [HI], **fields}
+
+
+def said(**fields: object) -> tuple[str, dict[str, object]]:
+    return CHAT, {"messages": [fields]}
+
+
+REFUSED: list[tuple[tuple[str, object], str | None]] = [
+    ((COMPLETIONS, {}), "prompt"),
+    ((COMPLETIONS, []), None),
+    ((COMPLETIONS, "text"), None),
+    ((COMPLETIONS, None), None),
+    (completion(prompt=None), "prompt"),
+    (completion(prompt=[]), "prompt"),
+    (completion(prompt=[[]]), "prompt"),
+    (completion(prompt=5), "prompt"),
+    (completion(prompt=["a", 1]), "prompt"),
+    (completion(prompt=[1, True]), "prompt"),
+    (completion(prompt=[1.0]), "prompt"),
+    (completion(prompt=[[1], "a"]), "prompt"),
+    (completion(prompt=[-1]), "prompt"),
+    (completion(prompt=[258]), "prompt"),
+    (completion(prompt=[2**70]), "prompt"),
+    (completion(prompt={"a": 1}), "prompt"),
+    (completion(prompt="", add_special_tokens=False), "prompt"),
+    (completion(n=True), "n"),
+    (completion(n="3"), "n"),
+    (completion(n=1.0), "n"),
+    (completion(n=0), "n"),
+    (completion(n=129), "n"),
+    (completion(n=2**80), "n"),
+    (completion(prompt=["a"] * 100, n=100), "n"),
+    (completion(best_of=3), "best_of"),
+    (completion(n=3, best_of=2), "best_of"),
+    (completion(max_tokens=-1), "max_tokens"),
+    (completion(max_tokens=0), "max_tokens"),
+    (completion(max_tokens="16"), "max_tokens"),
+    (completion(temperature=-0.1), "temperature"),
+    (completion(temperature=2.5), "temperature"),
+    (completion(temperature=True), "temperature"),
+    (completion(temperature="1"), "temperature"),
+    (completion(top_p=0), "top_p"),
+    (completion(top_p=1.1), "top_p"),
+    (completion(top_k=-2), "top_k"),
+    (completion(min_p=1.5), "min_p"),
+    (completion(presence_penalty=3), "presence_penalty"),
+    (completion(frequency_penalty=-3), "frequency_penalty"),
+    (completion(repetition_penalty=0), "repetition_penalty"),
+    (completion(seed=1.5), "seed"),
+    (completion(seed=2**63), "seed"),
+    (completion(logit_bias={"1": 101}), "logit_bias.1"),
+    (completion(logit_bias={"999": 1}), "logit_bias"),
+    (completion(logit_bias={"a": 1}), "logit_bias.a.[key]"),
+    (completion(logit_bias=[1]), "logit_bias"),
+    (completion(stop=["a"] * 5), "stop"),
+    (completion(stop=""), "stop"),
+    (completion(stop=[1]), "stop"),
+    (completion(stop="a" * 2000), "stop"),
+    (completion(stop_token_ids=[999]), "stop_token_ids"),
+    (completion(stop_token_ids=["1"]), "stop_token_ids[0]"),
+    (completion(min_tokens=50, max_tokens=5), "min_tokens"),
+    (completion(logprobs=6), "logprobs"),
+    (completion(logprobs=True), "logprobs"),
+    (completion(logprobs=1, echo=True), "logprobs"),
+    (completion(echo=1), "echo"),
+    (completion(stream="true"), "stream"),
+    (completion(stream_options={"include_usage": True}), "stream_options"),
+    (completion(stream=True, stream_options={"include_usage": 1}), "stream_options.include_usage"),
+    (completion(suffix="end"), "suffix"),
+    (completion(use_beam_search=True), "use_beam_search"),
+    (completion(guided_json={"type": "object"}), "guided_json"),
+    (completion(response_format={"type": "json_object"}), "response_format"),
+    (completion(kv_policy="h2o"), "kv_policy"),
+    (completion(cache_salt=""), "cache_salt"),
+    (completion(model=1), "model"),
+    ((CHAT, {}), "messages"),
+    ((CHAT, {"messages": []}), "messages"),
+    ((CHAT, {"messages": "Hi"}), "messages"),
+    ((CHAT, {"messages": [1]}), "messages[0]"),
+    (said(role="user"), "messages[0]"),
+    (said(role="emperor", content="x"), "messages[0].role"),
+    (said(content="x"), "messages[0].role"),
+    (said(role="user", content=1), "messages[0].content"),
+    (said(role="user", content=["x"]), "messages[0].content"),
+    (said(role="user", content=[{"type": "image_url", "image_url": {"url": "http://x"}}]), "messages[0].content"),
+    (said(role="user", content=[{"type": "text"}]), "messages[0].content"),
+    (said(role="tool", content="x", tool_call_id="1"), "messages[0]"),
+    (said(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls"),
+    ((CHAT, {"messages": [HI, {"role": "system", "content": "late"}]}), "messages"),
+    (chat(max_tokens=0), "max_tokens"),
+    (chat(max_tokens=1, max_completion_tokens=2), "max_tokens"),
+    (chat(logprobs=1), "logprobs"),
+    (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
+    (chat(top_logprobs=2), "top_logprobs"),
+    (chat(tools=[{"type": "function"}]), "tools"),
+    (chat(tool_choice="required"), "tool_choice"),
+    (chat(response_format={"type": "json_object"}), "response_format"),
+    (chat(modalities=["audio"]), "modalities"),
+    (chat(chat_template="{{ 1 }}"), "chat_template"),
+    (chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs"),
+    (("/tokenize", {}), "prompt"),
+    (("/tokenize", {"prompt": "a", "messages": [HI]}), "prompt"),
+    (("/detokenize", {"tokens": ["1"]}), "tokens[0]"),
+    (("/detokenize", {"tokens": [258]}), "tokens"),
+]
+
+
+@pytest.mark.parametrize(("request_", "param"), REFUSED, ids=lambda value: str(value)[:70])
+def test_a_bad_field_is_a_400_that_names_it(live: Live, request_: tuple[str, object], param: str | None) -> None:
+    path, body = request_
+    assert check_error(live.http.post(path, json=body), 400)["param"] == param
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "x", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
+        b'{"prompt": "x", "temperature": 1e999, "messages": [{"role": "user", "content": "x"}]}',
+        b'{"prompt": "\\ud800", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"prompt": ' + b"[" * 100_000,
+        b'{"x": ' * 10_000,
+        b'{"n": ' + b"9" * 10_000 + b"}",
+    ],
+    ids=lambda body: str(body[:40]),
+)
+def test_bytes_that_are_not_a_sound_request_are_a_400(live: Live, path: str, body: bytes) -> None:
+    check_error(live.http.post(path, content=body, headers={"content-type": "application/json"}), 400)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/v1/models/other", 404),
+        ("GET", COMPLETIONS, 405),
+        ("DELETE", "/v1/models", 405),
+        ("POST", "/health", 405),
+    ],
+)
+def test_a_wrong_url_or_method_has_openais_shape_too(live: Live, method: str, path: str, status: int) -> None:
+    check_error(live.http.request(method, path), status)
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_model_that_is_not_served_is_a_404(live: Live, path: str) -> None:
+    body = {"prompt": "x", "messages": [HI], "model": "gpt-9"}
+    error = check_error(live.http.post(path, json=body), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    with pytest.raises(openai.NotFoundError):
+        live.openai.completions.create(model="gpt-9", prompt="x")
+
+
+def test_a_body_that_is_not_json_by_its_own_account_is_a_415(live: Live) -> None:
+    check_error(live.http.post(COMPLETIONS, data={"prompt": "x"}), 415)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a" * 300},
+        {"prompt": [1] * 256},
+        {"prompt": "a" * 200, "max_tokens": 100},
+        {"prompt": ["a", "a" * 300]},
+        {"prompt": "a" * 2_000_000},
+        {"messages": [{"role": "user", "content": "a" * 300}]},
+        {"messages": [HI], "max_tokens": 300},
+    ],
+    ids=lambda body: str(body)[:30],
+)
+def test_more_than_the_context_length_is_told_by_its_code(live: Live, body: dict[str, object]) -> None:
+    path = COMPLETIONS if "prompt" in body else CHAT
+    error = check_error(live.http.post(path, json=body), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "256" in error["message"]
+
+
+def test_a_body_over_the_limit_is_a_413(start: Callable[..., Live]) -> None:
+    live = start(FakeEngine(), ServerConfig(port=0, max_body_size=1000))
+    check_error(live.http.post(COMPLETIONS, json={"prompt": "a" * 2000}), 413)
+
+    def pieces() -> Any:
+        yield b'{"prompt": "'
+        for _ in range(20):
+            yield b"a" * 100
+
+    headers = {"content-type": "application/json"}
+    check_error(live.http.post(COMPLETIONS, content=pieces(), headers=headers), 413)
+    assert live.http.post(COMPLETIONS, json={"prompt": "a"}).status_code == 200
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_return(live: Live) -> None:
+    live.engine.waiting = 1024
+    answer = live.http.post(COMPLETIONS, json={"prompt": "x"})
+    check_error(answer, 429)
+    assert answer.headers["retry-after"] == "1"
+
+
+def test_an_engine_that_is_not_ready_is_a_503(live: Live) -> None:
+    live.engine.ready = False
+    check_error(live.http.post(COMPLETIONS, json={"prompt": "x"}), 503)
+    check_error(live.http.get("/ready"), 503)
+    assert live.http.get("/health").status_code == 200
+
+
+def test_a_dead_engine_fails_health_and_every_request(live: Live) -> None:
+    live.engine.healthy = False
+    check_error(live.http.get("/health"), 503)
+    check_error(live.http.get("/ready"), 503)
+    answer = live.http.post(COMPLETIONS, json={"prompt": ["x", "y"]})
+    assert check_error(answer, 500)["code"] == "engine_dead"
+    assert "/home" not in answer.text
+
+
+def raw(live: Live, data: bytes) -> bytes:
+    """Send bytes, read until the server hangs up."""
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        received = b""
+        try:
+            connection.sendall(data)
+            while piece := connection.recv(65536):
+                received += piece
+        except ConnectionError:
+            pass
+        return received
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"this is not HTTP\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n" + b"x-padding: " + b"a" * 500_000,
+        b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 100_000,
+    ],
+    ids=["garbage", "a long header", "many headers"],
+)
+def test_malformed_http_is_refused_in_openais_shape(live: Live, data: bytes) -> None:
+    head, _, body = raw(live, data).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_hostile_request_leaves_a_neighbours_stream_unchanged(live: Live) -> None:
+    alone = live.http.post(COMPLETIONS, json={"prompt": "me", "max_tokens": 60}).json()["choices"][0]["text"]
+    live.engine.pace = 0.002
+    stream = live.openai.completions.create(model="fake", prompt="me", max_tokens=60, stream=True)
+    text = next(stream).choices[0].text
+    for path, body in (request for request, _ in REFUSED[::4]):
+        check_error(live.http.post(path, json=body), 400)
+    assert text + "".join(chunk.choices[0].text for chunk in stream) == alone

@@ -1,0 +1,168 @@
+"""The page that Prometheus reads."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.observer import EngineObserver, RequestRecord
+from server.config import ServerConfig
+from server.metrics import HISTOGRAMS, Histogram, Metrics, Throughput
+from tests.server.conftest import Live
+from tests.server.fakes import FakeEngine
+
+GAUGES = {
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "cache_config_info",
+    "generation_throughput_toks_per_s",
+    "prompt_throughput_toks_per_s",
+}
+COUNTERS = {
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "num_preemptions_total",
+    "request_success_total",
+}
+HISTOGRAM_NAMES = {
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "iteration_tokens_total",
+}
+
+
+def samples(page: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """All samples by name and labels, without model_name, which must be there."""
+    found = {}
+    for family in text_string_to_metric_families(page.decode()):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("model_name") == "fake"
+            found[sample.name, frozenset(labels.items())] = sample.value
+    return found
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    metrics = Metrics()
+    metrics.attach(FakeEngine(waiting=3), "fake")
+    return metrics
+
+
+def test_it_is_the_engines_observer(metrics: Metrics) -> None:
+    observer: EngineObserver = metrics
+    observer.on_preemption(2)
+    assert samples(metrics.render())["octavo:num_preemptions_total", frozenset()] == 2
+
+
+def test_every_name_is_there_before_anything_happened(metrics: Metrics) -> None:
+    names = {name for name, _ in samples(metrics.render())}
+    expected = GAUGES | COUNTERS | {f"{name}_{part}" for name in HISTOGRAM_NAMES for part in ("bucket", "sum", "count")}
+    assert names == {f"octavo:{name}" for name in expected}
+
+
+def test_gauges_show_the_engines_state(metrics: Metrics) -> None:
+    found = samples(metrics.render())
+    assert found["octavo:num_requests_waiting", frozenset()] == 3
+    assert found["octavo:kv_cache_usage_perc", frozenset()] == 0.25
+    assert found["octavo:cache_config_info", frozenset({("block_size", "16"), ("num_blocks", "16")})] == 1
+
+
+def test_a_finished_request_is_counted_and_timed(metrics: Metrics) -> None:
+    metrics.on_tokens(prompt=10, generated=0)
+    metrics.on_tokens(prompt=0, generated=5)
+    metrics.on_prefix_cache(queried_tokens=10, hit_tokens=4)
+    metrics.on_first_token(0.3)
+    metrics.on_inter_token(0.002)
+    metrics.on_step(scheduled_tokens=7, num_running=1, num_waiting=0, kv_usage=0.1)
+    metrics.on_finish(
+        RequestRecord(
+            finish_reason="length",
+            prompt_tokens=10,
+            generated_tokens=5,
+            e2e_seconds=0.7,
+            queue_seconds=0.1,
+            prefill_seconds=0.2,
+            decode_seconds=0.4,
+        )
+    )
+    found = samples(metrics.render())
+    none: frozenset[tuple[str, str]] = frozenset()
+    assert found["octavo:prompt_tokens_total", none] == 10
+    assert found["octavo:generation_tokens_total", none] == 5
+    assert found["octavo:prefix_cache_hits_total", none] == 4
+    assert found["octavo:request_success_total", frozenset({("finished_reason", "length")})] == 1
+    assert found["octavo:request_time_per_output_token_seconds_sum", none] == pytest.approx(0.1)
+    assert found["octavo:request_prompt_tokens_sum", none] == 10
+    for name in HISTOGRAM_NAMES:
+        assert found[f"octavo:{name}_count", none] == 1
+    assert found["octavo:inter_token_latency_seconds_bucket", frozenset({("le", "0.002")})] == 1
+    assert found["octavo:inter_token_latency_seconds_bucket", frozenset({("le", "0.001")})] == 0
+
+
+def test_a_request_that_never_ran_has_no_times(metrics: Metrics) -> None:
+    metrics.on_finish(RequestRecord(finish_reason="abort", prompt_tokens=1, generated_tokens=0, e2e_seconds=1.0))
+    found = samples(metrics.render())
+    assert found["octavo:request_success_total", frozenset({("finished_reason", "abort")})] == 1
+    assert found["octavo:request_queue_time_seconds_count", frozenset()] == 0
+    assert found["octavo:request_time_per_output_token_seconds_count", frozenset()] == 0
+
+
+def test_buckets_begin_at_a_millisecond_and_first_tokens_may_take_160_seconds() -> None:
+    for name in ("time_to_first_token", "inter_token_latency", "request_time_per_output_token"):
+        assert HISTOGRAMS[f"{name}_seconds"][1][0] == 0.001
+    assert HISTOGRAMS["time_to_first_token_seconds"][1][-1] == 160
+    for _, bounds in HISTOGRAMS.values():
+        assert list(bounds) == sorted(set(bounds))
+
+
+def test_a_histograms_buckets_are_cumulative_and_inclusive() -> None:
+    histogram = Histogram((1, 2))
+    for value in (0.5, 1, 1.5, 2, 99):
+        histogram.observe(value)
+    assert histogram.buckets() == [("1.0", 2), ("2.0", 4), ("+Inf", 5)]
+    assert histogram.sum == 104
+
+
+def test_throughput_is_an_average_over_ten_seconds() -> None:
+    throughput = Throughput()
+    for second in range(100, 130):
+        throughput.add(prompt=5, generated=20, now=second + 0.5)
+    assert throughput.rates(130.0) == (5, 20)
+    assert throughput.rates(135.0) == (2.5, 10)
+    assert throughput.rates(150.0) == (0, 0)
+
+
+def test_the_page_takes_less_than_five_milliseconds(metrics: Metrics) -> None:
+    metrics.render()
+    fastest = min(_timed(metrics.render) for _ in range(10))
+    assert fastest < 0.005
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def test_vllms_names_are_repeated_on_request(start: Callable[..., Live]) -> None:
+    live = start(FakeEngine(), ServerConfig(port=0, metrics_compat=True))
+    answer = live.http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    names = {name for name, _ in samples(answer.content)}
+    assert {name.replace("octavo:", "vllm:") for name in names if name.startswith("octavo:")} == {
+        name for name in names if name.startswith("vllm:")
+    }
+    plain = start(FakeEngine())
+    assert "vllm:" not in plain.http.get("/metrics").text

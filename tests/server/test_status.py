@@ -1,0 +1,49 @@
+"""/v1/models, /version, /openapi.json, and names."""
+
+from collections.abc import Callable
+
+from server.config import ServerConfig
+from server.version import version
+from tests.server.conftest import Live
+from tests.server.fakes import FakeEngine
+
+
+def test_the_model_is_listed(live: Live) -> None:
+    (model,) = live.openai.models.list()
+    assert (model.id, model.object) == ("fake", "model")
+    assert live.openai.models.retrieve("fake").id == "fake"
+    assert live.http.get("/v1/models").json()["data"][0]["max_model_len"] == 256
+
+
+def test_a_model_can_be_served_under_other_names(start: Callable[..., Live]) -> None:
+    live = start(FakeEngine(), ServerConfig(port=0, served_model_name="org/one,two"))
+    assert [model.id for model in live.openai.models.list()] == ["org/one", "two"]
+    assert live.http.get("/v1/models/org/one").json()["id"] == "org/one"
+    assert live.openai.completions.create(model="two", prompt="x").model == "two"
+    assert live.http.post("/v1/completions", json={"prompt": "x"}).json()["model"] == "org/one"
+    assert live.http.post("/v1/completions", json={"prompt": "x", "model": "fake"}).status_code == 404
+
+
+def test_the_version_is_told(live: Live) -> None:
+    assert live.http.get("/version").json() == {"version": version()}
+
+
+def test_health_and_readiness(live: Live) -> None:
+    assert live.http.get("/health").json() == {"status": "ok"}
+    assert live.http.get("/ready").json() == {"status": "ready"}
+
+
+def test_a_draining_server_is_alive_but_takes_no_more(start: Callable[..., Live]) -> None:
+    live = start(FakeEngine())
+    live.app.state.serving.lifecycle.draining = True
+    assert live.http.get("/health").status_code == 200
+    assert live.http.get("/ready").status_code == 503
+    assert live.http.post("/v1/completions", json={"prompt": "x"}).status_code == 503
+
+
+def test_the_api_describes_its_bodies(live: Live) -> None:
+    description = live.http.get("/openapi.json").json()
+    body = description["paths"]["/v1/chat/completions"]["post"]["requestBody"]
+    name = body["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+    assert "messages" in description["components"]["schemas"][name]["properties"]
+    assert live.http.get("/docs").status_code == 200
