@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KVCache
 from engine.launch import LoadedModel, assemble
+from engine.observer import EngineObserver, NullObserver
 from engine.outputs import Output
 from engine.sampling_params import SamplingParams
 from scheduler.batch import ScheduledSequence
@@ -35,6 +36,16 @@ def all_logits(loaded: LoadedModel, tokens: Sequence[int], chunks: Sequence[int]
             rows.append(loaded.decoder(replace(batch, logits_rows=torch.arange(len(item.tokens))), cache))
             start += size
     return torch.cat(rows)
+
+
+class PreemptionCount(NullObserver):
+    """Counts preemptions."""
+
+    preemptions = 0
+
+    def on_preemption(self, count: int) -> None:
+        """Add them."""
+        self.preemptions += count
 
 
 @dataclass
@@ -68,12 +79,16 @@ async def ask_all(engine: AsyncEngine, prompts: Sequence[Sequence[int]], params:
 
 
 def generate(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], params: SamplingParams = GREEDY, **limits: Any
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams = GREEDY,
+    observer: EngineObserver | None = None,
+    **limits: Any,
 ) -> list[Answer]:
     """The answers of a fresh engine around ``loaded``, to all prompts at once."""
 
     async def run() -> list[Answer]:
-        engine = assemble(EngineConfig(**{"kv_cache_memory": 1 << 27, **limits}), loaded)
+        engine = assemble(EngineConfig(**{"kv_cache_memory": 1 << 27, **limits}), loaded, observer)
         await engine.start()
         answers = await ask_all(engine, prompts, params)
         stats = engine.stats()

@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.launch import LoadedModel
-from tests.engine.driving import GREEDY, all_logits, generate
+from engine.config import EngineConfig
+from engine.kv_cache import KVCache
+from engine.launch import LoadedModel, load_model
+from tests.engine.driving import GREEDY, PreemptionCount, all_logits, generate
 from tests.engine.prompts import PROMPTS
 
 
@@ -64,6 +66,13 @@ def test_greedy_output_equals_that_of_transformers(
     assert generated[0, len(prompts[0]) :].tolist() == answers[0]
 
 
+def test_bfloat16_says_the_same_of_the_capital_of_france() -> None:
+    loaded = load_model(EngineConfig(dtype="bfloat16"))
+    prompt = loaded.checkpoint.tokenizer.encode("The capital of France is")
+    (answer,) = generate(loaded, [prompt], dataclasses.replace(GREEDY, max_tokens=2))
+    assert answer.text[0] == " Paris."
+
+
 def test_greedy_output_does_not_depend_on_batch_budget_prefix_hits_or_preemption(
     embedded: LoadedModel, prompts: list[list[int]]
 ) -> None:
@@ -72,5 +81,13 @@ def test_greedy_output_does_not_depend_on_batch_budget_prefix_hits_or_preemption
     together = [a.tokens[0] for a in generate(embedded, mixed, params, max_num_batched_tokens=2048)]
     in_chunks = [a.tokens[0] for a in generate(embedded, mixed, params, max_num_batched_tokens=16)]
     assert in_chunks == together
+    twice = generate(embedded, mixed * 2, params, max_num_seqs=32)
+    assert sum(answer.cached_tokens for answer in twice) > 100, "the second half finds the first in the cache"
+    assert [answer.tokens[0] for answer in twice] == together * 2
+    counts = PreemptionCount()
+    block = KVCache.block_bytes(embedded.decoder.config, 16, embedded.dtype)
+    squeezed = generate(embedded, mixed, params, observer=counts, kv_cache_memory=24 * block)
+    assert counts.preemptions > 0
+    assert [answer.tokens[0] for answer in squeezed] == together
     for number in range(0, len(mixed), 5):
         assert generate(embedded, [mixed[number]], params)[0].tokens[0] == together[number]

@@ -1,0 +1,154 @@
+"""The whole of Octavo: the embedded model behind a live server, driven by the official client."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from engine.config import EngineConfig
+from engine.launch import assemble, load_model
+from server.config import ServerConfig
+from tests.server.conftest import Live, running
+
+QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
+PROMPT = "The first ten even numbers are 2, 4, 6,"
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[Live]:
+    """A server around the embedded model, with a KV cache small enough to be contended.
+
+    In float32: with bfloat16's rounding the batch a token is computed in may decide between two near equals.
+    """
+    config = EngineConfig(kv_cache_memory=128 << 20, dtype="float32")
+    with running(assemble(config, load_model(config)), ServerConfig(port=0)) as live:
+        live.engine.observer = live.metrics
+        yield live
+
+
+@pytest.fixture(autouse=True)
+def idle_afterwards(real: Live) -> Iterator[None]:
+    """Whatever a test did, in the end nothing runs, nothing waits and no block is held."""
+    yield
+    deadline = time.monotonic() + 5
+    while (_state(real) != (0, 0, 0)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert _state(real) == (0, 0, 0)
+
+
+def _state(live: Live) -> tuple[int, int, int]:
+    stats = live.engine.stats()
+    return stats.num_running, stats.num_waiting, stats.used_blocks
+
+
+def _complete(live: Live, **arguments: Any) -> Any:
+    return live.openai.completions.create(**{"model": "SmolLM2-135M-Instruct", "prompt": PROMPT, "temperature": 0, **arguments})
+
+
+def _chat(live: Live, **arguments: Any) -> Any:
+    return live.openai.chat.completions.create(
+        **{"model": "SmolLM2-135M-Instruct", "messages": QUESTION, "temperature": 0, "max_tokens": 24, **arguments}
+    )
+
+
+def test_the_model_answers_sensibly(real: Live) -> None:
+    assert "Paris" in _chat(real).choices[0].message.content
+    assert " 8, 10, 12" in _complete(real).choices[0].text
+
+
+def test_completions_stream_what_they_answer_whole(real: Live) -> None:
+    whole = _complete(real, max_tokens=30)
+    chunks = list(_complete(real, max_tokens=30, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 30
+
+
+def test_chats_stream_what_they_answer_whole(real: Live) -> None:
+    whole, chunks = _chat(real), list(_chat(real, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    assert (chunks[0].choices[0].delta.role, chunks[-1].choices[0].finish_reason) == ("assistant", "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_three_choices_of_one_prompt_are_three_answers(real: Live, stream: bool) -> None:
+    arguments = {"prompt": "Once upon a time", "n": 3, "temperature": 1.2, "seed": 5, "max_tokens": 20}
+    answer = _complete(real, stream=stream, **arguments)
+    texts = ["", "", ""]
+    for part in answer if stream else [answer]:
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+    assert len(set(texts)) == 3
+    assert texts == [choice.text for choice in _complete(real, **arguments).choices], "a seed repeats itself"
+
+
+def test_another_seed_gives_another_answer(real: Live) -> None:
+    answers = {_complete(real, prompt="Once upon a time", temperature=1.0, seed=seed).choices[0].text for seed in range(4)}
+    assert len(answers) > 1
+
+
+def test_a_stop_string_ends_the_text_before_it(real: Live) -> None:
+    answer = _complete(real, stop=[" 14", "\n"], max_tokens=40)
+    assert answer.choices[0].text == " 8, 10, 12,"
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_logprobs_are_negative_and_name_the_best_first(real: Live) -> None:
+    content = _chat(real, logprobs=True, top_logprobs=3, max_tokens=5).choices[0].logprobs.content
+    assert len(content) == 5
+    for token in content:
+        assert token.logprob <= 0
+        assert token.token == token.top_logprobs[0].token, "greedy"
+        assert len(token.top_logprobs) == 3
+
+
+def test_a_second_turn_finds_the_first_in_the_cache(real: Live) -> None:
+    first = _chat(real, seed=1)
+    turns = [*QUESTION, {"role": "assistant", "content": first.choices[0].message.content}, {"role": "user", "content": "And of Italy?"}]  # fmt: skip
+    second = _chat(real, messages=turns)
+    assert second.usage.prompt_tokens_details.cached_tokens >= 32
+    assert "Rome" in second.choices[0].message.content
+
+
+def test_greedy_answers_are_the_same_alone_and_among_sixty_four_streams_of_which_twenty_are_cut_off(real: Live) -> None:
+    prompts = [f"{number} plus {number + 1} is" for number in range(64)]
+    alone = [_complete(real, prompt=prompt, max_tokens=4).choices[0].text for prompt in prompts[::8]]
+
+    async def stream(client: openai.AsyncOpenAI, number: int) -> str:
+        text, cut = "", number % 8 in (1, 5, 6) and number < 54
+        answer = await client.completions.create(
+            model="SmolLM2-135M-Instruct", prompt=prompts[number], temperature=0, max_tokens=4 if number % 8 == 0 else 40,
+            stream=True, extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        async for chunk in answer:
+            text += chunk.choices[0].text
+            if cut and len(text) > 20:
+                await answer.close()
+                return "cut"
+        return text
+
+    async def everyone() -> list[str]:
+        async with (
+            openai.DefaultAsyncHttpxClient(timeout=60, trust_env=False) as transport,
+            openai.AsyncOpenAI(base_url=f"{real.url}/v1", api_key="none", http_client=transport) as client,
+        ):
+            return await asyncio.gather(*(stream(client, number) for number in range(64)))
+
+    texts = asyncio.run(everyone())
+    assert texts.count("cut") == 20
+    assert [text for text in texts[::8]] == alone
+    assert all(len(text) > 20 for number, text in enumerate(texts) if number % 8 and text != "cut")
+
+
+def test_the_metrics_page_tells_what_happened(real: Live) -> None:
+    page = real.http.get("/metrics").text
+    counts = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line[0] != "#"}
+    model = '{model_name="SmolLM2-135M-Instruct"}'
+    assert counts[f"octavo:num_requests_running{model}"] == 0
+    assert counts[f"octavo:generation_tokens_total{model}"] > 0
+    assert counts[f"octavo:time_to_first_token_seconds_count{model}"] > 0
+    assert counts[f"octavo:request_time_per_output_token_seconds_count{model}"] > 0
