@@ -127,6 +127,9 @@ def _rope_config(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
     for name in _ROPE_NUMBERS:
         if scaling.get(name) is not None:
             Fields(scaling).number(name)
+    # None of the architectures in the registry turns a part of a head only; transformers ignores the field for them.
+    if Fields(scaling).number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
+        raise CheckpointError("config.json: a partial_rotary_factor other than 1 is not supported")
     if head_dim % 2:
         raise CheckpointError(f"config.json: head_dim {head_dim} is odd, so its dimensions cannot turn in pairs")
     return RopeConfig(head_dim, theta, rope_type, scaling, max_position)

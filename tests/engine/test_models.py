@@ -127,6 +127,7 @@ _CONFIG: dict[str, Any] = {**SHAPE, "architectures": ["LlamaForCausalLM"]}
         ({"vocab_size": 1 << 40}, "vocab_size is 1099511627776"),
         ({"num_key_value_heads": 4}, "6 attention heads cannot share 4 KV heads"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1 is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "much"}}, "factor is 'much', not a positive number"),
         ({"rope_scaling": 3}, "rope_scaling is 3, not an object"),
