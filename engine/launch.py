@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,15 @@ class LoadedModel:
 
 
 def load_engine(config: EngineConfig, observer: EngineObserver | None = None) -> AsyncEngine:
-    """Load the model and size its memory; takes seconds. Raises OctavoError, in one line, for what cannot work."""
-    return assemble(config, load_model(config), observer)
+    """Load the model and size its memory; takes seconds. Raises OctavoError, in one line, for what cannot work.
+
+    The weights are loaded in a thread that then ends, and its pool of OpenMP threads with it. Were the pool kept beside
+    the model thread's own, OpenMP would count more threads than cores, and put its threads to sleep after each parallel
+    region instead of letting them spin: a decode step of SmolLM2 takes 18 ms then instead of 11.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="octavo-load") as loader:
+        loaded = loader.submit(load_model, config).result()
+    return assemble(config, loaded, observer)
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
