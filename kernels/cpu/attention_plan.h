@@ -1,0 +1,124 @@
+// How a call to paged attention is cut into items that threads take one by one.
+//
+// An item is one sequence, one KV head, a tile of its query rows (tokens × the query heads that share the KV head) and a
+// range of keys. Where items would be too few to occupy every thread (decoding few sequences), key ranges are split, and
+// the parts merged by their log-sum-exp (Flash-Decoding, Dao et al. 2023).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "attention_math.h"
+
+namespace {
+
+constexpr int kTileRows = 96;       // enough rows to make packing keys cheap; their sums stay in cache
+constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
+constexpr int kItemsPerThread = 4;  // fewer than that, and key ranges are split
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Query tokens [first, last) of a sequence at one KV head: their result comes from one item, or from several parts.
+struct QueryTile {
+    int64_t sequence, head, first, last;
+    int64_t key_begin, key_end;
+    int64_t keys() const { return key_end - key_begin; }
+};
+
+// What one thread computes at a time: a tile over part of its keys.
+struct Item {
+    const QueryTile* tile;
+    int64_t key_begin, key_end;
+    float* part;  // where to leave an unfinished result, or null if this is the tile's only item
+};
+
+// The arguments; kernels/cpu/native.py packs them in this order. Strides are in elements.
+template <class T>
+struct Call {
+    const T* q;
+    int64_t q_token_stride, q_head_stride;
+    const T *key_cache, *value_cache;
+    const int32_t* block_tables;
+    int64_t table_stride;
+    const int32_t *query_start, *seq_lens;
+    T* out;
+    int64_t sequences, q_heads, kv_heads, dims, block_size, num_blocks, table_blocks;
+    double scale;
+    int64_t window;  // 0: none
+
+    int64_t group() const { return q_heads / kv_heads; }
+    int64_t padded_dims() const { return round_up(dims, kGranule); }
+    int64_t rows(const QueryTile& tile) const { return (tile.last - tile.first) * group(); }
+    // A part of a tile holds for each of its rows: sums, maximum and total, in float32 (see attention.h).
+    int64_t part_size(const QueryTile& tile) const { return rows(tile) * (padded_dims() + 2); }
+    // Position in its sequence of the query that is row `token` of the batch.
+    int64_t position(int64_t sequence, int64_t token) const {
+        return seq_lens[sequence] - query_start[sequence + 1] + token;
+    }
+    int64_t first_visible(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
+};
+
+// All tiles of a call, the longest first so that no thread is left with a long one at the end.
+template <class T>
+std::vector<QueryTile> make_tiles(const Call<T>& call) {
+    const int64_t tile_tokens = std::max<int64_t>(1, kTileRows / call.group());
+    std::vector<QueryTile> tiles;
+    for (int64_t s = 0; s < call.sequences; ++s) {
+        const int64_t end = call.query_start[s + 1];
+        for (int64_t first = call.query_start[s]; first < end; first += tile_tokens) {
+            const int64_t last = std::min(first + tile_tokens, end);
+            const int64_t key_begin = call.first_visible(call.position(s, first)), key_end = call.position(s, last);
+            for (int64_t head = 0; head < call.kv_heads; ++head)
+                tiles.push_back({s, head, first, last, key_begin, key_end});
+        }
+    }
+    std::stable_sort(tiles.begin(), tiles.end(), [](const QueryTile& a, const QueryTile& b) { return a.keys() > b.keys(); });
+    return tiles;
+}
+
+// How many keys an item may take: all, unless that would leave threads without work.
+int64_t keys_per_item(const std::vector<QueryTile>& tiles, int64_t threads) {
+    if (threads == 1 || static_cast<int64_t>(tiles.size()) >= threads * kItemsPerThread) return kAll;
+    int64_t keys = 0;
+    for (const QueryTile& tile : tiles) keys += tile.keys();
+    const int64_t share = keys / (threads * kItemsPerThread) + 1;
+    return round_up(share, kKeys);
+}
+
+// A tile whose keys were split: `count` parts of it lie from `parts` on.
+struct Merge {
+    const QueryTile* tile;
+    const float* parts;
+    int64_t count;
+};
+
+template <class T>
+struct Plan {
+    std::vector<Item> items;
+    std::vector<Merge> merges;
+    std::vector<float> parts;
+
+    // Items of at most `share` keys.
+    Plan(const Call<T>& call, const std::vector<QueryTile>& tiles, int64_t share) {
+        int64_t size = 0;
+        for (const QueryTile& tile : tiles)
+            if (tile.keys() > share) size += parts_of(tile, share) * call.part_size(tile);
+        parts.resize(size);
+        float* next = parts.data();
+        for (const QueryTile& tile : tiles) {
+            if (tile.keys() <= share) {
+                items.push_back({&tile, tile.key_begin, tile.key_end, nullptr});
+                continue;
+            }
+            merges.push_back({&tile, next, parts_of(tile, share)});
+            for (int64_t begin = tile.key_begin; begin < tile.key_end; begin += share, next += call.part_size(tile))
+                items.push_back({&tile, begin, std::min(begin + share, tile.key_end), next});
+        }
+    }
+
+    static int64_t parts_of(const QueryTile& tile, int64_t share) { return (tile.keys() + share - 1) / share; }
+};
+
+}  // namespace

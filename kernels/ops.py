@@ -1,0 +1,118 @@
+"""Every operation that models need, one signature each: the only public surface of `kernels`.
+
+Tensors on a CPU go to the native library where it could be built and knows the dtype; all others go to the torch
+reference, which is also the oracle that the native code is tested against. The library is compiled at the first call,
+unless `load` was called before.
+
+Letters in shapes: T query tokens of the flattened batch, B sequences, Hq and Hkv query and KV heads, D head dimension,
+S slots per cache block, M columns of the block tables, R rotated dimensions.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import dense
+from kernels.cpu.library import load, native
+from kernels.cpu.native import DTYPES, NativeOps
+from kernels.reference.kv_write import kv_write as reference_kv_write
+from kernels.reference.paged_attention import paged_attention as reference_paged_attention
+from kernels.reference.rms_norm import rms_norm as reference_rms_norm
+from kernels.reference.rotary_embedding import rotary_embedding as reference_rotary_embedding
+from kernels.reference.silu_and_mul import silu_and_mul as reference_silu_and_mul
+
+__all__ = [
+    "kv_write",
+    "linear",
+    "load",
+    "pack_linear",
+    "paged_attention",
+    "rms_norm",
+    "rotary_embedding",
+    "silu_and_mul",
+]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """Root-mean-square norm of the last dimension, after adding x to the residual stream if one is given.
+
+    x [..., N] has 2 or 3 dimensions, the last of unit stride; weight [N] has x's dtype. With `residual` (like x),
+    residual += x in place, rounded to its dtype, and the norm is taken of that. Returns contiguous [..., N] in x's
+    dtype: (x · rsqrt(mean(x²) + eps)) computed in float32, rounded, then multiplied by the weight, as Hugging Face's
+    Llama does.
+    """
+    if (ops := _native_for(x)) is not None:
+        return ops.rms_norm(x, weight, eps, residual)
+    return reference_rms_norm(x, weight, eps, residual)
+
+
+def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate the first R dimensions of every head of q [T, Hq, D] and k [T, Hkv, D] in place.
+
+    q and k may be strided views, with unit stride in D; cos and sin are float32 [T, R/2], R ≤ D. With x1 and x2 the
+    halves of the R dimensions: x1' = x1·cos - x2·sin and x2' = x2·cos + x1·sin, computed in float32.
+    """
+    if (ops := _native_for(q)) is not None:
+        return ops.rotary_embedding(q, k, cos, sin)
+    return reference_rotary_embedding(q, k, cos, sin)
+
+
+def kv_write(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """Write token t's key and value heads to cache slot `slots[t]`.
+
+    k and v [T, Hkv, D] may be strided views, with unit stride in D; caches are contiguous [blocks, Hkv, S, D] of their
+    dtype; slots int64 [T] = block·S + offset, and negative means: write nowhere. Raises IndexError for a slot past the
+    end.
+    """
+    if (ops := _native_for(k)) is not None:
+        return ops.kv_write(k, v, key_cache, value_cache, slots)
+    return reference_kv_write(k, v, key_cache, value_cache, slots)
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of variable-length queries over the paged cache, in which this step's keys already lie.
+
+    q [T, Hq, D] may be a strided view, with unit stride in D; caches are contiguous [blocks, Hkv, S, D] of its dtype.
+    int32: block_tables [B, M], of which entries that a sequence does not need may hold anything; query_start [B + 1],
+    where each sequence's rows of q begin, and there may be none; seq_lens [B], its keys, this step's included. Query i
+    of sequence b stands at position p = seq_lens[b] - (query_start[b+1] - query_start[b]) + i and sees key j if j ≤ p
+    and, with a window, p - j < window. Query head h reads KV head h // (Hq / Hkv).
+
+    Returns contiguous [T, Hq, D] in q's dtype, accumulated in float32. Slots that no query of a sequence sees are not
+    used, whatever they hold. Raises IndexError if a needed block does not exist.
+    """
+    if (ops := _native_for(q)) is not None:
+        return ops.paged_attention(q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window)
+    return reference_paged_attention(q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """x [T, 2·I], rows at any stride: contiguous [T, I] = silu(x[:, :I]) · x[:, I:], rounded after each of the two."""
+    if (ops := _native_for(x)) is not None:
+        return ops.silu_and_mul(x)
+    return reference_silu_and_mul(x)
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """Lay out a weight [N, K] for `linear`, once, at load time. The result may be opaque: it is for `linear` only."""
+    return dense.pack_linear(weight)
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times the transpose of a weight [N, K], packed or plain, plus bias [N]: [..., N] in x's dtype."""
+    return dense.linear(x, packed, bias)
+
+
+def _native_for(x: Tensor) -> NativeOps | None:
+    if not (x.is_cpu and x.dtype in DTYPES):
+        return None
+    torch.get_num_threads()  # makes OpenMP, which counts its threads per calling thread, follow torch.set_num_threads
+    return native()

@@ -1,0 +1,90 @@
+"""Random paged-attention inputs in which everything that must not be read is poison."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Arguments of `paged_attention`; unpack with `arguments()`."""
+
+    q: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    block_tables: Tensor
+    query_start: Tensor
+    seq_lens: Tensor
+    scale: float
+    window: int | None
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None]:
+        return (
+            self.q, self.key_cache, self.value_cache, self.block_tables, self.query_start, self.seq_lens, self.scale,
+            self.window,
+        )  # fmt: skip
+
+    def in_float32(self) -> "AttentionCase":
+        """The same values, for an oracle without rounding."""
+        return replace(self, q=self.q.float(), key_cache=self.key_cache.float(), value_cache=self.value_cache.float())
+
+    def with_absolute_values(self) -> "AttentionCase":
+        """Attention over |V|: what an output's rounding errors are proportional to."""
+        return replace(self, value_cache=self.value_cache.abs())
+
+
+def make_case(
+    lengths: Sequence[tuple[int, int]],
+    *,
+    kv_heads: int = 2,
+    group: int = 3,
+    dims: int = 64,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    window: int | None = None,
+) -> AttentionCase:
+    """A case with sequences of (queries, keys): q a strided view, spare cache slots NaN, spare table entries huge."""
+    needs = [-(-keys // block_size) for _, keys in lengths]
+    blocks = torch.randperm(sum(needs) + 2)[: sum(needs)].tolist()
+    caches = [torch.full((sum(needs) + 2, kv_heads, block_size, dims), math.nan) for _ in range(2)]
+    tables = torch.full((len(lengths), max(needs) + 2), 2**31 - 7, dtype=torch.int32)
+    for b, (queries, keys) in enumerate(lengths):
+        mine = [blocks.pop() for _ in range(needs[b])]
+        tables[b, : needs[b]] = torch.tensor(mine, dtype=torch.int32)
+        first = 0 if window is None else max(0, keys - queries - window + 1)
+        for position in range(first if queries else keys, keys):
+            for cache in caches:
+                cache[mine[position // block_size], :, position % block_size] = torch.randn(kv_heads, dims)
+    starts = torch.tensor([0] + [queries for queries, _ in lengths]).cumsum(0)
+    fused = torch.randn(int(starts[-1]), kv_heads * (group + 2), dims).to(dtype)
+    return AttentionCase(
+        q=fused[:, : kv_heads * group],
+        key_cache=caches[0].to(dtype),
+        value_cache=caches[1].to(dtype),
+        block_tables=tables,
+        query_start=starts.to(torch.int32),
+        seq_lens=torch.tensor([keys for _, keys in lengths], dtype=torch.int32),
+        scale=1 / math.sqrt(dims),
+        window=window,
+    )
+
+
+def random_case(rng: random.Random, dtype: torch.dtype) -> AttentionCase:
+    """Odd shapes: decoding, prefill, chunks and idle sequences mixed."""
+    lengths = []
+    for _ in range(rng.randint(1, 5)):
+        keys = rng.choice([1, 2, 15, 16, 17, 63, 64, 65, 100, 130])
+        lengths.append((rng.choice([0, 1, 1, min(keys, 3), keys]), keys))
+    return make_case(
+        lengths,
+        kv_heads=rng.choice([1, 2, 3]),
+        group=rng.choice([1, 3, 4, 8]),
+        dims=rng.choice([16, 32, 64, 80, 96, 128]),
+        block_size=rng.choice([1, 8, 16, 32, 128]),
+        dtype=dtype,
+        window=rng.choice([None, None, 1, 5, 40, 1000]),
+    )

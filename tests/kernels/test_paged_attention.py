@@ -1,0 +1,161 @@
+"""Paged attention: the reference equals torch's, native code equals the reference, and neither reads poisoned slots."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kernels.cpu.native import NativeOps
+from kernels.reference.paged_attention import paged_attention
+
+from .attention_cases import AttentionCase, make_case, random_case
+
+
+def contiguous_attention(case: AttentionCase) -> Tensor:
+    """torch's own attention over keys and values gathered slot by slot, sequence by sequence."""
+    outputs = []
+    block_size = case.key_cache.shape[2]
+    starts = case.query_start.tolist()
+    for b, length in enumerate(case.seq_lens.tolist()):
+        queries = case.q[starts[b] : starts[b + 1]].transpose(0, 1)
+        first = length if queries.shape[1] == 0 or case.window is None else length - queries.shape[1] - case.window + 1
+        positions = torch.arange(max(0, 0 if case.window is None else first), length)
+        slots = [(int(case.block_tables[b, j // block_size]), int(j % block_size)) for j in positions]
+        if queries.shape[1] == 0:
+            continue
+        keys, values = (
+            torch.stack([cache[block, :, offset] for block, offset in slots], dim=1)
+            for cache in (case.key_cache, case.value_cache)
+        )
+        distance = torch.arange(length - queries.shape[1], length)[:, None] - positions[None]
+        visible = (distance >= 0) & (distance < (case.window or length + 1))
+        outputs.append(
+            scaled_dot_product_attention(
+                queries, keys, values, attn_mask=visible, scale=case.scale, enable_gqa=True
+            ).transpose(0, 1)
+        )
+    return torch.cat(outputs) if outputs else case.q.clone()
+
+
+def assert_equals_reference(actual: Tensor, case: AttentionCase, float32_tolerance: float = 1e-5) -> None:
+    """Within 1e-5 in float32; in bfloat16 within the rounding of probabilities and output, 2^-8 of Σ p·|v| each."""
+    exact = case.in_float32()
+    expected = paged_attention(*exact.arguments())
+    assert actual.shape == case.q.shape
+    assert actual.is_contiguous()
+    assert actual.dtype == case.q.dtype
+    assert not actual.isnan().any()
+    if case.q.dtype == torch.float32:
+        torch.testing.assert_close(actual, expected, rtol=float32_tolerance, atol=float32_tolerance)
+    else:
+        scale = paged_attention(*exact.with_absolute_values().arguments())
+        error = (actual.float() - expected).abs()
+        assert (error <= 2**-7 * scale + 1e-5).all(), (error / scale).max()
+
+
+def test_the_reference_equals_torch_on_gathered_tensors(rng: random.Random) -> None:
+    for _ in range(4):
+        case = random_case(rng, torch.float32)
+        torch.testing.assert_close(paged_attention(*case.arguments()), contiguous_attention(case), rtol=1e-5, atol=1e-5)
+
+
+def test_the_reference_bounds_its_score_matrix_without_changing_the_result() -> None:
+    case = make_case([(700, 710)], kv_heads=1, group=1, dims=16)
+    torch.testing.assert_close(paged_attention(*case.arguments()), contiguous_attention(case), rtol=1e-5, atol=1e-5)
+
+
+def test_native_equals_the_reference_on_odd_shapes(ops: NativeOps, dtype: torch.dtype, rng: random.Random) -> None:
+    for _ in range(5):
+        case = random_case(rng, dtype)
+        assert_equals_reference(ops.paged_attention(*case.arguments()), case)
+
+
+@pytest.mark.parametrize("dims", [2, 16, 32, 64, 80, 96, 128, 256])
+def test_every_head_dimension(ops: NativeOps, dtype: torch.dtype, dims: int) -> None:
+    case = make_case([(1, 70), (20, 20)], dims=dims, dtype=dtype)
+    assert_equals_reference(ops.paged_attention(*case.arguments()), case)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 100])
+def test_every_group_size(ops: NativeOps, dtype: torch.dtype, group: int) -> None:
+    case = make_case([(1, 33), (5, 9)], group=group, dims=32, dtype=dtype)
+    assert_equals_reference(ops.paged_attention(*case.arguments()), case)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32, 128])
+def test_every_block_size(ops: NativeOps, dtype: torch.dtype, block_size: int) -> None:
+    case = make_case([(1, 129), (40, 90)], block_size=block_size, dims=32, dtype=dtype)
+    assert_equals_reference(ops.paged_attention(*case.arguments()), case)
+
+
+def test_one_token_alone_attends_to_itself(ops: NativeOps, dtype: torch.dtype) -> None:
+    case = make_case([(1, 1)], group=1, dtype=dtype)
+    block = int(case.block_tables[0, 0])
+    assert torch.equal(ops.paged_attention(*case.arguments())[0], case.value_cache[block, :, 0])
+
+
+@pytest.mark.parametrize("window", [None, 50, 700])
+def test_a_long_context_is_split_over_threads_and_merged(
+    ops: NativeOps, dtype: torch.dtype, window: int | None
+) -> None:
+    case = make_case([(1, 1500), (2, 777)], kv_heads=1, dims=32, dtype=dtype, window=window)
+    assert_equals_reference(ops.paged_attention(*case.arguments()), case)
+
+
+def test_a_long_prefill_takes_many_tiles(ops: NativeOps, dtype: torch.dtype) -> None:
+    case = make_case([(150, 300), (1, 40), (64, 64)], dims=32, dtype=dtype)
+    assert_equals_reference(ops.paged_attention(*case.arguments()), case)
+
+
+def test_large_scores_neither_overflow_nor_vanish(ops: NativeOps, dtype: torch.dtype) -> None:
+    """Scores reach ±150, where float32 itself is only exact to 1e-5, and so are probabilities, relatively."""
+    case = make_case([(1, 200), (30, 30)], dtype=dtype)
+    case = replace(case, q=case.q * 30)
+    assert_equals_reference(ops.paged_attention(*case.arguments()), case, float32_tolerance=2e-4)
+
+
+def test_a_step_without_queries_returns_nothing(ops: NativeOps, dtype: torch.dtype) -> None:
+    case = make_case([(0, 5), (0, 70)], dtype=dtype)
+    assert ops.paged_attention(*case.arguments()).shape == (0, 6, 64)
+
+
+def test_one_thread_gives_the_same_result_as_many(ops: NativeOps) -> None:
+    case = make_case([(1, 900), (30, 200)])
+    together = ops.paged_attention(*case.arguments())
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        torch.testing.assert_close(ops.paged_attention(*case.arguments()), together, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("entry", [-1, 2**31 - 7])
+def test_a_needed_block_that_does_not_exist_is_refused(ops: NativeOps, entry: int) -> None:
+    case = make_case([(1, 40), (1, 700)])
+    case.block_tables[0, 1] = entry
+    with pytest.raises(IndexError, match="block"):
+        ops.paged_attention(*case.arguments())
+
+
+def test_a_table_too_short_for_its_sequence_is_refused(ops: NativeOps) -> None:
+    case = make_case([(1, 40)])
+    with pytest.raises(IndexError, match="block"):
+        ops.paged_attention(*replace(case, block_tables=case.block_tables[:, :2]).arguments())
+
+
+def test_arguments_that_do_not_fit_each_other_are_refused(ops: NativeOps) -> None:
+    case = make_case([(1, 40)])
+    for wrong in (
+        replace(case, q=case.q[:, :3]),
+        replace(case, q=case.q.bfloat16()),
+        replace(case, seq_lens=case.seq_lens.long()),
+        replace(case, query_start=case.query_start[:1]),
+        replace(case, key_cache=case.key_cache.transpose(1, 2)),
+        replace(case, q=case.q.transpose(1, 2).contiguous().transpose(1, 2)),
+    ):
+        with pytest.raises(ValueError, match="paged_attention: "):
+            ops.paged_attention(*wrong.arguments())
