@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import dense
+from kernels.cpu.dense import LinearWeight
 from kernels.cpu.library import load, native
 from kernels.cpu.native import DTYPES, NativeOps
 from kernels.reference.kv_write import kv_write as reference_kv_write
@@ -101,14 +102,14 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return reference_silu_and_mul(x)
 
 
-def pack_linear(weight: Tensor) -> Tensor:
+def pack_linear(weight: Tensor) -> LinearWeight:
     """Lay out a weight [N, K] for `linear`, once, at load time. The result may be opaque: it is for `linear` only."""
     return dense.pack_linear(weight)
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times the transpose of a weight [N, K], packed or plain, plus bias [N]: [..., N] in x's dtype."""
-    return dense.linear(x, packed, bias)
+    return dense.linear(x, weight, bias)
 
 
 def _native_for(x: Tensor) -> NativeOps | None:

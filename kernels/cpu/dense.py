@@ -1,8 +1,15 @@
-"""Dense matrix multiplication on CPUs, over weights that oneDNN has laid out for its kernels once, at load time.
+"""Dense matrix multiplication on CPUs, over weights laid out once, at load time.
 
-Measured with torch 2.13 on 2 cores of Zen 5, over the 120 matrices of SmolLM2-135M's layers, plain against packed:
-bfloat16 12.5 and 7.5 ms for 1 row, 18.0 and 13.4 for 32, 270 and 319 for 1024; float32 27 and 14 for 1 row, 61 and 27
-for 32, 1209 and 509 for 1024. Unpacking for many bfloat16 rows would win back only half of what is lost there.
+bfloat16 goes to our own kernel where the CPU multiplies pairs of bfloat16 but has no AMX; all else to oneDNN, through
+torch. Measured with torch 2.13 on 2 cores of Zen 5 (AVX-512-BF16), milliseconds for the 120 matrices of SmolLM2-135M's
+layers by rows, in one run:
+
+    rows                     1      8     32     64    256
+    torch, plain          11.2   14.4   16.6   25.6   73.2
+    oneDNN, prepacked      6.2    7.3   12.8   20.8   61.7
+    ours                   5.6    6.0   10.2   17.3   61.2
+
+(plain: another run of the same day). float32: prepacked 14 and plain 27 for 1 row, 509 and 1209 for 1024.
 """
 
 import functools
@@ -11,9 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
+from kernels.cpu.library import native
+from kernels.cpu.native import NativeOps, PackedWeight
+
+LinearWeight = Tensor | PackedWeight
+"""A weight as `linear` takes it: plain [N, K], packed by oneDNN, or packed for our own kernel."""
+
 
 @functools.cache
-def _packable_dtypes() -> frozenset[torch.dtype]:
+def _onednn_dtypes() -> frozenset[torch.dtype]:
     """The dtypes whose weights this build of torch can prepack, and which this CPU multiplies natively."""
     mkldnn = torch.ops.mkldnn
     needed = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
@@ -22,17 +35,35 @@ def _packable_dtypes() -> frozenset[torch.dtype]:
     return frozenset([torch.float32] + [torch.bfloat16] * mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack_linear(weight: Tensor) -> Tensor:
+@functools.cache
+def _own_kernel() -> NativeOps | None:
+    """The native library, where its matmul is the one to take. AMX multiplies 4 times as fast: that is oneDNN's."""
+    ops = native()
+    return ops if ops is not None and ops.has_linear and not torch.cpu._is_amx_tile_supported() else None
+
+
+def pack_linear(weight: Tensor) -> LinearWeight:
     """Reorder a weight [N, K] for `linear`; returned unchanged where packing is not possible."""
-    if weight.device.type != "cpu" or weight.dtype not in _packable_dtypes():
+    if weight.device.type != "cpu":
+        return weight
+    if weight.dtype == torch.bfloat16 and (ops := _own_kernel()) is not None:
+        return ops.pack_linear(weight)
+    if weight.dtype not in _onednn_dtypes():
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
     return packed
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times the transpose of a plain or packed weight [N, K], plus bias [N]: [..., N]."""
-    if packed.is_mkldnn:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times the transpose of a weight [N, K] as `pack_linear` returned it, plus bias [N]: [..., N]."""
+    if isinstance(weight, PackedWeight):
+        ops = _own_kernel()
+        assert ops is not None, "it packed the weight"
+        torch.get_num_threads()  # as in kernels.ops: makes OpenMP follow torch.set_num_threads in this thread too
+        if x.dim() == 2:
+            return ops.linear(x, weight, bias)
+        return ops.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.outputs)
+    if weight.is_mkldnn:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
-    return torch_linear(x, packed, bias)
+    return torch_linear(x, weight, bias)

@@ -8,6 +8,7 @@ too: those that keep native code inside its tensors.
 import ctypes
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -21,8 +22,19 @@ _ROTARY_EMBEDDING: Final = struct.Struct("4q 4q 2q 2q 2q")
 _KV_WRITE: Final = struct.Struct("3q 3q 2q q 5q")
 _PAGED_ATTENTION: Final = struct.Struct("3q 2q 2q 2q q 7q d q")
 _SILU_AND_MUL: Final = struct.Struct("2q q 2q")
+_LINEAR: Final = struct.Struct("2q 3q 3q")
+_PACK_LINEAR: Final = struct.Struct("2q 2q")
 
 Function = Callable[[bytes], int]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A bfloat16 weight [outputs, inputs] in the layout of `linear_bf16.cpp`."""
+
+    panels: Tensor
+    inputs: int
+    outputs: int
 
 
 class NativeOps:
@@ -38,6 +50,11 @@ class NativeOps:
         self._silu_and_mul = _bind_each(library, "octavo_silu_and_mul")
         self._paged_attention = _bind_each(library, "octavo_paged_attention")
         self._kv_write = _bind(library, "octavo_kv_write")
+        self.has_linear = hasattr(library, "octavo_linear_bf16")
+        """Whether the CPU multiplies pairs of bfloat16, so that the two functions below exist."""
+        if self.has_linear:
+            self._linear = _bind(library, "octavo_linear_bf16")
+            self._pack_linear = _bind(library, "octavo_pack_linear_bf16")
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
         dtype, shape = x.dtype, x.shape
@@ -155,6 +172,30 @@ class NativeOps:
         dtype = x.dtype
         out = torch.empty((rows, n), dtype=dtype)
         self._silu_and_mul[dtype](_SILU_AND_MUL.pack(x.data_ptr(), row_stride, out.data_ptr(), rows, n))
+        return out
+
+    def pack_linear(self, weight: Tensor) -> PackedWeight:
+        weight = weight.detach().contiguous()
+        outputs, inputs = weight.shape
+        panels = torch.empty((-(-outputs // 32), -(-inputs // 2), 32, 2), dtype=torch.bfloat16)
+        self._pack_linear(_PACK_LINEAR.pack(weight.data_ptr(), panels.data_ptr(), inputs, outputs))
+        return PackedWeight(panels, inputs, outputs)
+
+    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        rows, inputs = x.shape
+        outputs = weight.outputs
+        row_stride, step = x.stride()
+        if x.dtype is not torch.bfloat16 or inputs != weight.inputs or step != 1:
+            raise ValueError(f"linear: x {_describe(x)} does not fit a bfloat16 weight of {weight.inputs} inputs")
+        if bias is not None and (bias.dtype is not torch.bfloat16 or bias.shape != (outputs,) or bias.stride() != (1,)):
+            raise ValueError(f"linear: bias {_describe(bias)} does not fit a bfloat16 weight of {outputs} outputs")
+        out = torch.empty((rows, outputs), dtype=torch.bfloat16)
+        self._linear(
+            _LINEAR.pack(
+                x.data_ptr(), row_stride, weight.panels.data_ptr(), 0 if bias is None else bias.data_ptr(),
+                out.data_ptr(), rows, inputs, outputs,
+            )
+        )  # fmt: skip
         return out
 
 
