@@ -30,6 +30,10 @@ class ForwardBatch:
     logits_rows: Tensor
     """[R] int64: indices into T."""
 
+    def sampled(self, x: Tensor) -> Tensor:
+        """x [T, …] → its R rows whose logits are wanted."""
+        return x if len(self.logits_rows) == len(x) else x[self.logits_rows]
+
     @classmethod
     def build(cls, items: Sequence[ScheduledSequence], block_size: int, device: torch.device) -> "ForwardBatch":
         """Lay out the scheduled sequences."""

@@ -88,18 +88,15 @@ class Decoder:
         eps = self.config.norm_eps
         rotation = self.rotary(batch.positions)
         residual = torch.nn.functional.embedding(batch.tokens, self.embedding)
-        update: Tensor | None = None
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            if update is None:
-                x = ops.rms_norm(residual, block.input_norm, eps)
-            else:
-                x = ops.rms_norm(update, block.input_norm, eps, residual)
+        x = ops.rms_norm(residual, self.blocks[0].input_norm, eps)
+        for index, (block, layer_cache) in enumerate(zip(self.blocks, cache.layers, strict=True)):
+            if index > 0:
+                x = ops.rms_norm(x, block.input_norm, eps, residual)
             attended = block.attention(x, rotation, batch, layer_cache)
-            update = block.mlp(ops.rms_norm(attended, block.post_norm, eps, residual))
-        if update is not None:
-            residual += update
-        wanted = residual if len(batch.logits_rows) == len(residual) else residual[batch.logits_rows]
-        return self.head(ops.rms_norm(wanted, self.final_norm, eps))
+            if block is self.blocks[-1]:  # nothing reads the other rows any more
+                attended, residual = batch.sampled(attended), batch.sampled(residual)
+            x = block.mlp(ops.rms_norm(attended, block.post_norm, eps, residual))
+        return self.head(ops.rms_norm(x, self.final_norm, eps, residual))
 
     @property
     def nbytes(self) -> int:

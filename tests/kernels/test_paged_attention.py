@@ -10,8 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.cpu.native import NativeOps
 from kernels.reference.paged_attention import paged_attention
-
-from .attention_cases import AttentionCase, make_case, random_case
+from tests.kernels.attention_cases import AttentionCase, make_case, random_case
 
 
 def contiguous_attention(case: AttentionCase) -> Tensor:

@@ -46,7 +46,9 @@ def _state(live: Live) -> tuple[int, int, int]:
 
 
 def _complete(live: Live, **arguments: Any) -> Any:
-    return live.openai.completions.create(**{"model": "SmolLM2-135M-Instruct", "prompt": PROMPT, "temperature": 0, **arguments})
+    return live.openai.completions.create(
+        **{"model": "SmolLM2-135M-Instruct", "prompt": PROMPT, "temperature": 0, **arguments}
+    )
 
 
 def _chat(live: Live, **arguments: Any) -> Any:
@@ -87,7 +89,9 @@ def test_three_choices_of_one_prompt_are_three_answers(real: Live, stream: bool)
 
 
 def test_another_seed_gives_another_answer(real: Live) -> None:
-    answers = {_complete(real, prompt="Once upon a time", temperature=1.0, seed=seed).choices[0].text for seed in range(4)}
+    answers = {
+        _complete(real, prompt="Once upon a time", temperature=1.0, seed=seed).choices[0].text for seed in range(4)
+    }
     assert len(answers) > 1
 
 
@@ -140,7 +144,7 @@ def test_greedy_answers_are_the_same_alone_and_among_sixty_four_streams_of_which
 
     texts = asyncio.run(everyone())
     assert texts.count("cut") == 20
-    assert [text for text in texts[::8]] == alone
+    assert texts[::8] == alone
     assert all(len(text) > 20 for number, text in enumerate(texts) if number % 8 and text != "cut")
 
 
