@@ -1,7 +1,7 @@
 """`octavo bench step`: where the time of one model step goes, op by op, beside the floor that memory sets.
 
-Each op is timed in place, within real steps of the real model; every layer has weights and KV of its own, so that caches
-flatter nothing. The floor of an op is the bytes that it must read, over the bandwidth measured in the same run.
+Each op is timed in place, within real steps of the real model; every layer has weights and KV of its own, so that
+caches flatter nothing. The floor of an op is the bytes that it must read, over the bandwidth measured in the same run.
 """
 
 import argparse
@@ -55,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     loaded = load_model(EngineConfig(model=args.model, dtype=args.dtype))
     bandwidth = read_bandwidth()
-    print(
-        f"{loaded.checkpoint.name}, {loaded.dtype}, {loaded.threads} threads; memory reads at {bandwidth / 1e9:.1f} GB/s"
-    )
+    print(f"{loaded.checkpoint.name}, {loaded.dtype}, {loaded.threads} threads; reads at {bandwidth / 1e9:.1f} GB/s")
     for batch in (int(size) for size in args.batch.split(",")):
         profile = profile_step(loaded, batch, args.context, args.new_tokens, args.steps)
         print(f"\n{batch} sequences × {args.new_tokens} new tokens at context {args.context}")

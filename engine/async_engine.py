@@ -201,8 +201,8 @@ class AsyncEngine:
                     batch, rows = self._prepare()
                     samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows)
                     self._finish_step(batch, samples)
-                    # Let the clients' tasks send what they got before the next step takes all cores again. A model thread
-                    # that loses its core in mid-step keeps the others waiting for it at every barrier.
+                    # Let the clients' tasks send what they got before the next step takes all cores again: a model
+                    # thread that loses its core in mid-step keeps the others waiting for it at every barrier.
                     await asyncio.sleep(0)
             except Exception as error:  # noqa: BLE001 — whatever it is, no request may hang on a dead loop
                 self._fail(error)

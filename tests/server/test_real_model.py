@@ -15,6 +15,8 @@ from server.config import ServerConfig
 from tests.server.conftest import Live, running
 
 QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
+MODEL = "SmolLM2-135M-Instruct"
+STORY = "Once upon a time"
 PROMPT = "The first ten even numbers are 2, 4, 6,"
 
 
@@ -46,14 +48,12 @@ def _state(live: Live) -> tuple[int, int, int]:
 
 
 def _complete(live: Live, **arguments: Any) -> Any:
-    return live.openai.completions.create(
-        **{"model": "SmolLM2-135M-Instruct", "prompt": PROMPT, "temperature": 0, **arguments}
-    )
+    return live.openai.completions.create(**{"model": MODEL, "prompt": PROMPT, "temperature": 0, **arguments})
 
 
 def _chat(live: Live, **arguments: Any) -> Any:
     return live.openai.chat.completions.create(
-        **{"model": "SmolLM2-135M-Instruct", "messages": QUESTION, "temperature": 0, "max_tokens": 24, **arguments}
+        **{"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 24, **arguments}
     )
 
 
@@ -78,7 +78,7 @@ def test_chats_stream_what_they_answer_whole(real: Live) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_three_choices_of_one_prompt_are_three_answers(real: Live, stream: bool) -> None:
-    arguments = {"prompt": "Once upon a time", "n": 3, "temperature": 1.2, "seed": 5, "max_tokens": 20}
+    arguments = {"prompt": STORY, "n": 3, "temperature": 1.2, "seed": 5, "max_tokens": 20}
     answer = _complete(real, stream=stream, **arguments)
     texts = ["", "", ""]
     for part in answer if stream else [answer]:
@@ -89,9 +89,7 @@ def test_three_choices_of_one_prompt_are_three_answers(real: Live, stream: bool)
 
 
 def test_another_seed_gives_another_answer(real: Live) -> None:
-    answers = {
-        _complete(real, prompt="Once upon a time", temperature=1.0, seed=seed).choices[0].text for seed in range(4)
-    }
+    answers = {_complete(real, prompt=STORY, temperature=1.0, seed=seed).choices[0].text for seed in range(4)}
     assert len(answers) > 1
 
 
@@ -112,22 +110,27 @@ def test_logprobs_are_negative_and_name_the_best_first(real: Live) -> None:
 
 def test_a_second_turn_finds_the_first_in_the_cache(real: Live) -> None:
     first = _chat(real, seed=1)
-    turns = [*QUESTION, {"role": "assistant", "content": first.choices[0].message.content}, {"role": "user", "content": "And of Italy?"}]  # fmt: skip
+    answered = {"role": "assistant", "content": first.choices[0].message.content}
+    turns = [*QUESTION, answered, {"role": "user", "content": "And of Italy?"}]
     second = _chat(real, messages=turns)
     assert second.usage.prompt_tokens_details.cached_tokens >= 32
     assert "Rome" in second.choices[0].message.content
 
 
-def test_greedy_answers_are_the_same_alone_and_among_sixty_four_streams_of_which_twenty_are_cut_off(real: Live) -> None:
+def test_answers_are_the_same_alone_and_among_64_streams_of_which_20_are_cut_off(real: Live) -> None:
     prompts = [f"{number} plus {number + 1} is" for number in range(64)]
     alone = [_complete(real, prompt=prompt, max_tokens=4).choices[0].text for prompt in prompts[::8]]
 
     async def stream(client: openai.AsyncOpenAI, number: int) -> str:
         text, cut = "", number % 8 in (1, 5, 6) and number < 54
         answer = await client.completions.create(
-            model="SmolLM2-135M-Instruct", prompt=prompts[number], temperature=0, max_tokens=4 if number % 8 == 0 else 40,
-            stream=True, extra_body={"ignore_eos": True},
-        )  # fmt: skip
+            model=MODEL,
+            prompt=prompts[number],
+            temperature=0,
+            max_tokens=4 if number % 8 == 0 else 40,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
         async for chunk in answer:
             text += chunk.choices[0].text
             if cut and len(text) > 20:
