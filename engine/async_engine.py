@@ -27,6 +27,11 @@ from scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("octavo.engine")
 
+STALL_SECONDS = 120.0
+"""A step that takes longer will never end: a whole prompt of a large model on a slow CPU takes a few seconds."""
+
+_FAILED = "the engine has failed; see the server's log"
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -70,7 +75,8 @@ class AsyncEngine:
         self._seeds = random.Random(config.seed)
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._failure: EngineDeadError | None = None
+        self._failed = False
+        self._step_began: float | None = None
 
     @property
     def model_name(self) -> str:
@@ -85,7 +91,9 @@ class AsyncEngine:
     # What clients call
 
     async def start(self) -> None:
-        """Begin to serve."""
+        """Begin to serve. Raises RuntimeError if it serves already."""
+        if self._task is not None:
+            raise RuntimeError("the engine has been started already")
         self._task = asyncio.create_task(self._run(), name="octavo-engine")
 
     async def stop(self) -> None:
@@ -110,7 +118,7 @@ class AsyncEngine:
         Raises InvalidRequestError if the request can never be served, EngineDeadError if the engine has failed.
         """
         if not self.is_ready():
-            raise self._failure or EngineDeadError("the engine is not running")
+            raise EngineDeadError(_FAILED if self._failed else "the engine is not running")
         if request_id in self._states:
             raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
         request = self._request(prompt, params, request_id, cache_salt)
@@ -123,12 +131,13 @@ class AsyncEngine:
         return stream
 
     def is_healthy(self) -> bool:
-        """Whether the loop has not failed."""
-        return self._failure is None
+        """Whether the loop has not failed, and no step has been under way for longer than any takes."""
+        stalled = self._step_began is not None and time.monotonic() - self._step_began > STALL_SECONDS
+        return not self._failed and not stalled
 
     def is_ready(self) -> bool:
         """Whether requests are taken."""
-        return self._failure is None and self._task is not None and not self._task.done()
+        return not self._failed and self._task is not None and not self._task.done()
 
     def stats(self) -> EngineStats:
         """How much is going on right now."""
@@ -147,6 +156,10 @@ class AsyncEngine:
         self, prompt: Sequence[int], params: SamplingParams, request_id: str, cache_salt: str | None
     ) -> Request:
         self._check_prompt(prompt)
+        if params.n < 1:
+            raise InvalidRequestError("n must be at least 1", param="n")
+        if params.logprobs is not None and not 0 <= params.logprobs <= self.info.vocab_size:
+            raise InvalidRequestError(f"logprobs must be from 0 to {self.info.vocab_size}", param="logprobs")
         room = self.info.max_model_len - len(prompt)
         max_tokens = room if params.max_tokens is None else params.max_tokens
         if room < 1 or max_tokens > room:
@@ -165,10 +178,10 @@ class AsyncEngine:
         refusal = self._scheduler.refusal(len(prompt) + max_tokens, params.n)
         if refusal is not None:
             raise InvalidRequestError(refusal, param="n" if params.n > 1 else "max_tokens")
-        eos = frozenset() if params.ignore_eos else self.tokenizer.eos_token_ids
-        rule = StopRule(
-            max_tokens=max_tokens, min_tokens=params.min_tokens, stop_token_ids=eos | set(params.stop_token_ids)
-        )
+        eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
+        # A file may name ids that its model does not have: those cannot be sampled, nor forbidden.
+        stops = {token for token in eos if token < self.info.vocab_size}.union(params.stop_token_ids)
+        rule = StopRule(max_tokens=max_tokens, min_tokens=params.min_tokens, stop_token_ids=frozenset(stops))
         return Request(request_id, prompt, rule, n=params.n, cache_salt=cache_salt)
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
@@ -184,7 +197,9 @@ class AsyncEngine:
                 )
 
     def _abort(self, state: RequestState) -> None:
-        if self._states.pop(state.request.request_id, None) is not None:
+        request_id = state.request.request_id
+        if self._states.get(request_id) is state:  # a later request may have the id of one that has ended
+            del self._states[request_id]
             self._scheduler.abort(state.request)
             state.end("abort", self.observer)
 
@@ -192,20 +207,24 @@ class AsyncEngine:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(1, thread_name_prefix="octavo-model") as worker:
-            try:
-                while True:
-                    if not self._scheduler.has_work:
-                        self._wake.clear()
-                        await self._wake.wait()
-                    batch, rows = self._prepare()
-                    samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows)
-                    self._finish_step(batch, samples)
-                    # Let the clients' tasks send what they got before the next step takes all cores again: a model
-                    # thread that loses its core in mid-step keeps the others waiting for it at every barrier.
-                    await asyncio.sleep(0)
-            except Exception as error:  # noqa: BLE001 — whatever it is, no request may hang on a dead loop
-                self._fail(error)
+        worker = ThreadPoolExecutor(1, thread_name_prefix="octavo-model")
+        try:
+            while True:
+                while not self._scheduler.has_work:
+                    self._wake.clear()
+                    await self._wake.wait()
+                batch, rows = self._prepare()
+                self._step_began = time.monotonic()
+                samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows)
+                self._step_began = None
+                self._finish_step(batch, samples)
+                # Let the clients' tasks send what they got before the next step takes all cores again: a model thread
+                # that loses its core in mid-step keeps the others waiting for it at every barrier.
+                await asyncio.sleep(0)
+        except Exception as error:  # noqa: BLE001 — whatever it is, no request may hang on a dead loop
+            self._fail(error)
+        finally:
+            worker.shutdown(wait=False)  # a step under way ends in its thread; waiting here would block the event loop
 
     def _prepare(self) -> tuple[ScheduledBatch, list[SampleRow]]:
         counters = self._scheduler.counters
@@ -253,8 +272,8 @@ class AsyncEngine:
     def _fail(self, error: Exception) -> None:
         """The loop is dead: say so, and leave no client waiting."""
         logger.exception("the engine's loop failed", exc_info=error)
-        self._failure = EngineDeadError("the engine has failed; see the server's log")
+        self._failed = True
         for state in list(self._states.values()):
             self._scheduler.abort(state.request)
-            state.end("error", self.observer, self._failure)
+            state.end("error", self.observer, EngineDeadError(_FAILED))
         self._states.clear()

@@ -7,6 +7,7 @@ Python all follow from it. This is the only module that reads the environment.
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,10 @@ def text(value: object) -> str:
 
 def path(value: object) -> Path:
     """A path; `~` stands for the home folder."""
-    return Path(text(value)).expanduser()
+    try:
+        return Path(text(value)).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"expected a path; {str(error).rstrip('.').lower()}") from None
 
 
 def integer(minimum: int, maximum: int | None = None) -> Parser:
@@ -44,7 +48,7 @@ def integer(minimum: int, maximum: int | None = None) -> Parser:
     wanted = f"a whole number of at least {minimum}" if maximum is None else f"a whole number, {minimum} to {maximum}"
 
     def parse(value: object) -> int:
-        if isinstance(value, str) and value.strip().removeprefix("-").replace("_", "").isdecimal():
+        if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,30}\s*", value):
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"expected {wanted}")
@@ -61,7 +65,7 @@ def number(minimum: float, maximum: float) -> Parser:
     def parse(value: object) -> float:
         try:
             result = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
-        except ValueError:
+        except (ValueError, OverflowError):
             result = None
         if result is None or not minimum <= result <= maximum:
             raise ValueError(f"expected a number, {minimum:g} to {maximum:g}")
@@ -212,7 +216,7 @@ def read_file(file: Path, *classes: type) -> ConfigFile:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: is not valid YAML: {' '.join(str(error).split())}") from error
     content = {} if content is None else content
     if not isinstance(content, dict):

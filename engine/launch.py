@@ -1,11 +1,10 @@
 """From a configuration to an engine that is ready to start: open, check, load, fit the KV cache."""
 
-import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from tqdm import tqdm
@@ -14,6 +13,7 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
 from engine.errors import ConfigError
+from engine.host import available_cores
 from engine.kv_cache import KVCache
 from engine.memory import MemoryPlan, plan_memory
 from engine.model_runner import ModelRunner
@@ -25,7 +25,14 @@ from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from kernels import ops
 from scheduler.scheduler import Scheduler, SchedulerConfig
 
-_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_SAMPLING_DEFAULTS: Final[Mapping[str, tuple[Any, float, float]]] = {
+    "temperature": (int | float, 0, 100),
+    "top_k": (int, 0, 2**31 - 1),
+    "top_p": (int | float, 1e-6, 1),
+    "min_p": (int | float, 0, 1),
+    "repetition_penalty": (int | float, 0.01, 100),
+}
+"""The type and the range (both ends included) of what a generation_config.json may recommend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     """Open the checkpoint and load its weights."""
     began = time.perf_counter()
     device = pick_device(config.device)
-    threads = config.threads or len(os.sched_getaffinity(0))
+    threads = config.threads or available_cores()
     torch.set_num_threads(threads)
     if device.type == "cpu":
         ops.load(config.cache_dir / "kernels")
@@ -75,7 +82,14 @@ def assemble(config: EngineConfig, loaded: LoadedModel, observer: EngineObserver
     """An engine around a loaded model: its KV cache, its scheduler, its limits. Raises ConfigError."""
     model, dtype = loaded.decoder.config, loaded.dtype
     plan = plan_memory(config, model, dtype, loaded.device)
-    cache = KVCache(model, num_blocks=plan.num_blocks, block_size=config.block_size, dtype=dtype, device=loaded.device)
+    try:
+        cache = KVCache(
+            model, num_blocks=plan.num_blocks, block_size=config.block_size, dtype=dtype, device=loaded.device
+        )
+    except RuntimeError as error:  # torch's word for "out of memory"
+        raise ConfigError(
+            f"a KV cache of {plan.num_blocks} blocks cannot be allocated: {error}".splitlines()[0]
+        ) from None
     scheduler = Scheduler(
         SchedulerConfig(
             num_blocks=plan.num_blocks,
@@ -91,7 +105,7 @@ def assemble(config: EngineConfig, loaded: LoadedModel, observer: EngineObserver
         loaded.checkpoint.tokenizer,
         scheduler,
         ModelRunner(loaded.decoder, cache),
-        default_sampling=_default_sampling(loaded.checkpoint.generation_config),
+        default_sampling=default_sampling(loaded.checkpoint.generation_config),
         observer=observer,
     )
 
@@ -137,12 +151,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _default_sampling(generation_config: Mapping[str, Any]) -> dict[str, float]:
-    """What a generation_config.json recommends, where it samples at all; a wrong type is ignored."""
+def default_sampling(generation_config: Mapping[str, Any]) -> dict[str, float]:
+    """What a generation_config.json recommends, where it samples at all; what makes no sense is ignored."""
     if not generation_config.get("do_sample", False):
         return {}
     return {
         name: value
-        for name in _SAMPLING_DEFAULTS
-        if isinstance(value := generation_config.get(name), int | float) and not isinstance(value, bool)
+        for name, (kind, low, high) in _SAMPLING_DEFAULTS.items()
+        if isinstance(value := generation_config.get(name), kind)
+        and not isinstance(value, bool)
+        and low <= value <= high
     }

@@ -37,7 +37,7 @@ def _adjust_row(logits: Tensor, row: SampleRow) -> None:
         seen = torch.tensor(row.tokens, dtype=torch.int64, device=logits.device).unique()
         values = logits[seen]
         scaled = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-        logits[seen] = scaled
+        logits[seen] = scaled.clamp(-1e30, 1e30)  # a tiny penalty must not make infinities
     if (params.presence_penalty or params.frequency_penalty) and row.num_output_tokens:
         # OpenAI: over the output alone.
         output = torch.tensor(row.tokens[row.num_prompt_tokens :], dtype=torch.int64, device=logits.device)

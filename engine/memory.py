@@ -1,12 +1,12 @@
 """How much KV cache fits: from what the user asked for, or from what the machine has."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.host import available_memory
 from engine.kv_cache import KVCache
 from engine.models.config import ModelConfig
 
@@ -31,18 +31,19 @@ def plan_memory(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, de
         )
     wanted_len = config.max_model_len or model.max_position
     block_bytes = KVCache.block_bytes(model, config.block_size, dtype)
-    # More than this no set of running sequences can use.
-    most = config.max_num_seqs * -(-wanted_len // config.block_size)
     if config.kv_cache_memory is not None:
-        num_blocks = min(config.kv_cache_memory // block_bytes, most)
+        num_blocks = config.kv_cache_memory // block_bytes
     else:
+        # No more than all running sequences at full length can use, and as much again for cached prefixes.
+        most = 2 * config.max_num_seqs * -(-wanted_len // config.block_size)
         num_blocks = min(_free_memory(device) // block_bytes, most)
     capacity = num_blocks * config.block_size
-    if num_blocks < 1 or (config.max_model_len is not None and capacity < wanted_len):
+    if capacity < (config.max_model_len or 1):
+        wanted = "one block" if config.max_model_len is None else f"--max-model-len {config.max_model_len}"
         needed = -(-(config.max_model_len or 1) // config.block_size) * block_bytes
         raise ConfigError(
-            f"the KV cache holds {capacity} tokens, fewer than --max-model-len {config.max_model_len or 1}; "
-            f"--kv-cache-memory must be at least {needed / 2**20:.1f}MiB"
+            f"the KV cache has room for {capacity} tokens, too few for {wanted}: "
+            f"--kv-cache-memory must be at least {-(-needed // 1024)}KiB"
         )
     return MemoryPlan(num_blocks, min(wanted_len, capacity))
 
@@ -51,16 +52,4 @@ def _free_memory(device: torch.device) -> int:
     """Bytes that the KV cache may take where nobody said how many."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE_GPU_MEMORY)
-    return int(_free_cpu_memory() * _SHARE_OF_FREE_CPU_MEMORY)
-
-
-def _free_cpu_memory() -> int:
-    """What the system calls available, or what the container's limit leaves if that is less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        return max(0, min(free, limit - int((group / "memory.current").read_text())))
-    except (OSError, ValueError):  # no cgroup v2, or its limit is "max"
-        return free
+    return int(available_memory() * _SHARE_OF_FREE_CPU_MEMORY)

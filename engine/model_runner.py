@@ -26,8 +26,8 @@ class ModelRunner:
         self.cache.copy_blocks(batch.copies)
         forward = ForwardBatch.build(batch.items, self.cache.block_size, self._device)
         logits = self.model(forward, self.cache)
-        repeats = [item.num_samples for item in batch.items if item.num_samples > 0]
-        if len(rows) > len(repeats):  # a prompt forks: each continuation draws from the same logits
-            logits = logits.repeat_interleave(torch.tensor(repeats, device=self._device), dim=0)
+        if len(rows) > len(logits):  # a prompt forks: each continuation draws from the same logits
+            repeats = torch.tensor([item.num_samples for item in batch.items if item.num_samples > 0])
+            logits = logits.repeat_interleave(repeats.to(self._device), dim=0)
         samples = iter(sample(logits, rows) if rows else [])
         return [list(islice(samples, item.num_samples)) for item in batch.items]

@@ -10,6 +10,8 @@ from scheduler.request import FinishReason
 class RequestRecord:
     """One continuation's life, in seconds and tokens. TTFT = queue + prefill; latency = TTFT + decode."""
 
+    index: int
+    """Which of the request's ``n`` continuations."""
     finish_reason: FinishReason
     prompt_tokens: int
     generated_tokens: int

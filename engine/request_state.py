@@ -106,8 +106,11 @@ class RequestState:
         if piece.stop is not None:
             reason = "stop"
         elif reason is not None:
-            text += continuation.text.finish()
-            if reason == "stop" and sample.token in self._params.stop_token_ids:
+            rest = continuation.text.finish()
+            text += rest.text
+            if rest.stop is not None:
+                reason, stop_reason = "stop", rest.stop
+            elif reason == "stop" and sample.token in self._params.stop_token_ids:
                 stop_reason = sample.token
         logprobs = () if sample.logprob is None else (sample.logprob,)
         self.stream.put(Output(continuation.index, text, (sample.token,), logprobs, reason, stop_reason))
@@ -142,6 +145,7 @@ class RequestState:
         forked = continuation.index < len(sequences)
         observer.on_finish(
             RequestRecord(
+                index=continuation.index,
                 finish_reason=reason,
                 prompt_tokens=self.request.num_prompt_tokens,
                 generated_tokens=sequences[continuation.index].num_output_tokens if forked else 0,

@@ -7,7 +7,7 @@ from engine.tokenizer import Tokenizer
 
 def _held_back(text: str, stops: tuple[str, ...]) -> int:
     """The length of the longest end of ``text`` that is the beginning of a stop string."""
-    longest = min(len(text), max(map(len, stops)) - 1)
+    longest = min(len(text), max(map(len, stops), default=1) - 1)
     for length in range(longest, 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):
             return length
@@ -40,13 +40,10 @@ class TextStream:
             return TextPiece(text)
         return self._scan(self._pending + text)
 
-    def finish(self) -> str:
+    def finish(self) -> TextPiece:
         """What was held back, once no more tokens come."""
-        rest, self._pending = self._pending, ""
-        if not self._stops:
-            return rest + self._detokenizer.flush()
-        piece = self._scan(rest + self._detokenizer.flush())
-        return piece.text + self._pending
+        piece = self._scan(self._pending + self._detokenizer.flush())
+        return piece if piece.stop is not None else TextPiece(piece.text + self._pending)
 
     def _scan(self, text: str) -> TextPiece:
         found = [(position, stop) for stop in self._stops if (position := text.find(stop)) >= 0]

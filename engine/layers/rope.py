@@ -57,7 +57,10 @@ def _scaled_frequencies(config: RopeConfig) -> tuple[Tensor, float]:
     plain = _frequencies(config.dim, config.theta)
     try:
         match config.rope_type:
-            case "default" | "dynamic":
+            case "default":
+                return plain, 1.0
+            case "dynamic":
+                float(config.scaling["factor"])  # each step needs it
                 return plain, 1.0
             case "linear":
                 return plain / float(config.scaling["factor"]), 1.0
@@ -65,8 +68,9 @@ def _scaled_frequencies(config: RopeConfig) -> tuple[Tensor, float]:
                 return _llama3(config, plain), 1.0
             case "yarn":
                 return _yarn(config, plain)
-    except KeyError as missing:
-        raise CheckpointError(f"config.json: RoPE scaling {config.rope_type!r} lacks {missing}") from None
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        problem = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be computed: {error}"
+        raise CheckpointError(f"config.json: RoPE scaling {config.rope_type!r} {problem}") from None
     raise CheckpointError(f"config.json: RoPE scaling {config.rope_type!r} is not supported")
 
 

@@ -18,6 +18,8 @@ _ROPE_NUMBERS = (
     "beta_fast",
     "beta_slow",
     "attention_factor",
+    "mscale",
+    "mscale_all_dim",
 )
 
 
@@ -36,7 +38,7 @@ class ModelConfig:
     norm_eps: float
     rope: RopeConfig
     max_position: int
-    """The trained context length in tokens, scaling included."""
+    """The context length in tokens that the file promises, RoPE scaling included."""
     tie_embeddings: bool
     windows: tuple[int | None, ...]
     """Each layer's sliding window in tokens; None where it sees everything."""
@@ -98,7 +100,8 @@ def decoder_config(raw: Mapping[str, Any], **traits: Any) -> ModelConfig:
     if raw.get("head_dim") is None and hidden % heads:
         raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of {heads} heads")
     head_dim = fields.integer("head_dim", hidden // heads)
-    num_layers, max_position = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings", 2048)
+    num_layers, trained = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings", 2048)
+    rope = _rope_config(fields, head_dim, trained)
     return ModelConfig(
         architecture=str((raw.get("architectures") or ["?"])[0]),
         vocab_size=fields.integer("vocab_size"),
@@ -109,8 +112,8 @@ def decoder_config(raw: Mapping[str, Any], **traits: Any) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope=_rope_config(fields, head_dim, max_position),
-        max_position=max_position,
+        rope=rope,
+        max_position=_scaled_length(rope),
         tie_embeddings=fields.flag("tie_word_embeddings"),
         **{"windows": (None,) * num_layers, **traits},
     )
@@ -123,9 +126,11 @@ def _rope_config(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
     if not isinstance(scaling, Mapping):
         raise CheckpointError(f"config.json: rope_scaling is {scaling!r}, not an object")
     theta = Fields(scaling).number("rope_theta", fields.number("rope_theta", 10_000.0))
+    if theta <= 1:
+        raise CheckpointError(f"config.json: rope_theta is {theta:g}, not more than 1")
     rope_type = str(scaling.get("rope_type") or scaling.get("type") or "default")
     for name in _ROPE_NUMBERS:
-        if scaling.get(name) is not None:
+        if scaling.get(name):
             Fields(scaling).number(name)
     # None of the architectures in the registry turns a part of a head only; transformers ignores the field for them.
     if Fields(scaling).number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
@@ -133,6 +138,18 @@ def _rope_config(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
     if head_dim % 2:
         raise CheckpointError(f"config.json: head_dim {head_dim} is odd, so its dimensions cannot turn in pairs")
     return RopeConfig(head_dim, theta, rope_type, scaling, max_position)
+
+
+def _scaled_length(rope: RopeConfig) -> int:
+    """The context length that a scaling extends the trained one to. Llama 3's files state the extended one already."""
+    factor = float(rope.scaling.get("factor") or 1.0)
+    match rope.rope_type:
+        case "linear" | "dynamic":
+            return int(rope.max_position * factor)
+        case "yarn":
+            original = rope.scaling.get("original_max_position_embeddings") or rope.max_position
+            return max(rope.max_position, int(original * factor))
+    return rope.max_position
 
 
 def windows_by_layer(raw: Mapping[str, Any], num_layers: int, window: int | None, first: int) -> tuple[int | None, ...]:

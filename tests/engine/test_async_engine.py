@@ -2,11 +2,13 @@
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from engine import async_engine
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, InvalidRequestError
@@ -157,6 +159,66 @@ async def test_an_abort_ends_the_stream_and_frees_everything_while_others_go_on(
         assert _is_idle(engine)
 
 
+async def test_an_abort_before_the_first_step_leaves_an_idle_engine_serving(tiny: LoadedModel) -> None:
+    async with _Running(tiny) as engine:
+        engine.submit(_PROMPTS[0], GREEDY, request_id="x").abort()
+        await asyncio.sleep(0.01)
+        assert (engine.is_healthy(), _is_idle(engine)) == (True, True)
+        assert len((await ask(engine, _PROMPTS[0], GREEDY)).tokens[0]) == 16
+
+
+async def test_an_abort_of_an_ended_request_leaves_a_later_one_of_its_name_alone(tiny: LoadedModel) -> None:
+    async with _Running(tiny) as engine:
+        ended = engine.submit(_PROMPTS[0], GREEDY, request_id="x")
+        assert len([output async for output in ended]) == 16
+        later = asyncio.create_task(ask(engine, _PROMPTS[0], GREEDY, "x"))
+        await asyncio.sleep(0)
+        ended.abort()
+        assert len((await later).tokens[0]) == 16
+
+
+async def test_an_eos_that_the_model_does_not_have_harms_nobody(tiny: LoadedModel) -> None:
+    async with _Running(tiny) as engine:
+        engine.tokenizer = dataclasses.replace(engine.tokenizer, eos_token_ids=frozenset({2, 400}))
+        answer = await ask(engine, _PROMPTS[0], SamplingParams(min_tokens=2, max_tokens=4, seed=1))
+    assert len(answer.tokens[0]) > 2
+
+
+async def test_stopping_in_mid_step_does_not_hold_up_the_event_loop(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute = ModelRunner.execute
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return execute(*arguments)
+
+    async with _Running(tiny) as engine:
+        monkeypatch.setattr(ModelRunner, "execute", slow)
+        engine.submit(_PROMPTS[0], GREEDY, request_id="x")
+        await asyncio.sleep(0.02)
+        began = time.perf_counter()
+        await engine.stop()
+        assert time.perf_counter() - began < 0.1
+    await asyncio.sleep(0.3)
+
+
+async def test_a_step_that_never_ends_is_unhealthy(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_engine, "STALL_SECONDS", 0.05)
+    monkeypatch.setattr(ModelRunner, "execute", lambda *_: time.sleep(0.2) or [[]])
+    async with _Running(tiny) as engine:
+        assert engine.is_healthy()
+        engine.submit(_PROMPTS[0], GREEDY, request_id="x")
+        await asyncio.sleep(0.12)
+        assert not engine.is_healthy()
+
+
+async def test_starting_twice_is_an_error(tiny: LoadedModel) -> None:
+    async with _Running(tiny) as engine:
+        with pytest.raises(RuntimeError, match="started already"):
+            await engine.start()
+
+
 async def test_stopping_the_engine_ends_every_stream(tiny: LoadedModel) -> None:
     async with _Running(tiny) as engine:
         stream = engine.submit(_PROMPTS[6], dataclasses.replace(GREEDY, max_tokens=200), request_id="a")
@@ -195,6 +257,8 @@ async def test_a_failing_step_fails_open_requests_and_health_and_leaves_nobody_w
         ([5], {"max_tokens": 3, "min_tokens": 4}, "min_tokens", "min_tokens is more than max_tokens"),
         ([5], {"logit_bias": {999: 1.0}}, "logit_bias", "token id 999"),
         ([5], {"stop_token_ids": (-7,)}, "stop_token_ids", "token id -7"),
+        ([5], {"n": 0}, "n", "n must be at least 1"),
+        ([5], {"logprobs": 321}, "logprobs", "logprobs must be from 0 to 320"),
         ([5], {"n": 65}, "n", "n = 65 is more than the 64 sequences"),
     ],
 )

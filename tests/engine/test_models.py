@@ -141,7 +141,14 @@ def test_an_unusable_config_is_one_clear_line(change: dict[str, Any], message: s
 
 @pytest.mark.parametrize(
     ("scaling", "message"),
-    [({"rope_type": "longrope"}, "'longrope' is not supported"), ({"rope_type": "linear"}, "lacks 'factor'")],
+    [
+        ({"rope_type": "longrope"}, "'longrope' is not supported"),
+        ({"rope_type": "linear"}, "lacks 'factor'"),
+        ({"rope_type": "dynamic"}, "lacks 'factor'"),
+        ({"rope_type": "llama3", "factor": None}, "cannot be computed"),
+        ({"rope_type": "yarn", "factor": 2.0, "mscale": "a", "mscale_all_dim": 1.0}, "mscale is 'a'"),
+        ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1}, "rope_theta is 1, not more than 1"),
+    ],
 )
 def test_an_unusable_rope_scaling_is_one_clear_line(scaling: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = save(random_model("llama"), tmp_path, rope_parameters=None, rope_scaling=scaling)

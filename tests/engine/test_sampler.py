@@ -84,6 +84,36 @@ def test_greedy_takes_the_most_likely_token() -> None:
     assert tokens == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize(
+    "own", [{}, {"top_p": 0.9}, {"top_k": 3}, {"top_k": 1000, "top_p": 0.5}, {"min_p": 0.05}], ids=str
+)
+@pytest.mark.parametrize("neighbour", [{}, {"top_p": 0.9}, {"top_k": 3000}, {"temperature": 0.0}], ids=str)
+def test_a_seed_decides_the_token_whatever_kind_of_row_is_beside_it(
+    own: dict[str, float], neighbour: dict[str, float]
+) -> None:
+    tied = (_logits(vocab=4000) * 4).round().bfloat16() / 4
+    for seed in range(20):
+        row = _row(seed, **own)
+        (alone,) = sample(tied[None], [row])
+        assert sample(torch.stack([tied, tied]), [_row(7, **neighbour), row])[1] == alone
+
+
+@pytest.mark.parametrize(
+    "filters", [{"top_p": 1e-50}, {"top_p": 1e-50, "top_k": 5}, {"min_p": 1.0}, {"top_k": 1}], ids=str
+)
+def test_the_narrowest_filter_leaves_the_most_likely_token(filters: dict[str, float]) -> None:
+    logits = _logits(vocab=3000)
+    tokens = {one.token for one in sample(logits.expand(20, -1), [_row(seed, **filters) for seed in range(20)])}
+    assert tokens == {int(logits.argmax())}
+
+
+def test_a_tiny_repetition_penalty_makes_no_infinities() -> None:
+    logits = torch.zeros(_VOCAB)
+    logits[[7, 8]] = torch.tensor([2.0, -3.0])
+    (one,) = sample(logits[None], [_row(tokens=[7, 8], repetition_penalty=1e-40)])
+    assert one.token == 7
+
+
 @given(
     seed=st.integers(0, 2**90), others=st.lists(st.sampled_from([0.0, 0.7, 1.3]), max_size=4), place=st.integers(0, 4)
 )

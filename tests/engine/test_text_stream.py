@@ -22,7 +22,8 @@ def _run(text: str, stops: tuple[str, ...], min_tokens: int = 0) -> tuple[list[s
         pieces.append(piece.text)
         if piece.stop is not None:
             return pieces, piece.stop
-    return [*pieces, stream.finish()], None
+    rest = stream.finish()
+    return [*pieces, rest.text], rest.stop
 
 
 @given(text=st.text(max_size=20), stops=st.lists(st.text("abé🙂", min_size=1, max_size=3), max_size=3).map(tuple))
