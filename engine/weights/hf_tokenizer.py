@@ -13,6 +13,7 @@ from engine.weights.config_checks import read_json
 
 # What there may be instead of tokenizer.json, for transformers to convert.
 _SLOW: Final = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_ID_DIGITS: Final = 9
 
 
 def read_tokenizer(folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Tokenizer:
@@ -79,17 +80,22 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, An
     table = settings.get("added_tokens_decoder")
     if not isinstance(table, dict):
         return
+    file = folder / "tokenizer_config.json"
     there = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for index in sorted((key for key in table if key.isdecimal()), key=int):
-        content = _content(table[index])
+    keys = [key for key in table if key.isdecimal()]
+    if any(len(key) > _ID_DIGITS for key in keys):
+        raise CheckpointError(f"{file}: added_tokens_decoder has an id of more than {_ID_DIGITS} digits")
+    for index in sorted(keys, key=int):
+        fields = table[index]
+        if not isinstance(fields, dict):
+            raise CheckpointError(f"{file}: added_tokens_decoder describes token {index} by no object")
+        content = _content(fields)
         if not content or content in there:
             continue
-        flags = {
-            flag: bool(table[index].get(flag)) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
-        }
+        flags = {flag: bool(fields.get(flag)) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         backend.add_tokens([AddedToken(content, **flags)])
         if backend.token_to_id(content) != int(index):
-            raise CheckpointError(f"{folder / 'tokenizer_config.json'}: token {content!r} cannot have the id {index}")
+            raise CheckpointError(f"{file}: token {content!r} cannot have the id {index}")
 
 
 def _follow_flags(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], bos: str | None, eos: str | None) -> None:
@@ -116,8 +122,10 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
             raise CheckpointError(f"{file}: cannot be read as UTF-8 text") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        if not all(isinstance(entry.get("name"), str) for entry in entries):
+            raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template has an entry without a name")
+        template = {entry["name"]: entry.get("template") for entry in entries}.get("default")
     return template if isinstance(template, str) else None
 
 

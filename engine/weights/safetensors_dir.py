@@ -40,8 +40,12 @@ class SafetensorsFiles:
         return tensor
 
     def copy_into(self, name: str, out: Tensor) -> None:
-        check_shape(str(self.folder / self.file_of.get(name, "")), name, self.shape(name), out)
-        out.copy_(self[name])
+        where = str(self.folder / self.file_of.get(name, ""))
+        check_shape(where, name, self.shape(name), out)
+        tensor = self[name]
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{where}: tensor {name!r} is of {tensor.dtype}, not of a float type")
+        out.copy_(tensor)
 
     def _file(self, name: str) -> Any:
         if name not in self.file_of:
