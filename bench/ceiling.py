@@ -10,6 +10,8 @@ import multiprocessing
 from multiprocessing.connection import Connection
 from typing import cast
 
+from bench.extras import require
+
 _EVENT = (
     b'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","object":"text_completion","created":1700000000,'
     b'"model":"ceiling","choices":[{"index":0,"text":" token","logprobs":null,"finish_reason":%b}],'
@@ -37,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Start the server, load-test it, stop it; the same exit codes as `octavo bench serve`."""
     from bench import serve
 
+    require("aiohttp")  # before the process that could only die of it
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, args.output_len, args.interval / 1e3), daemon=True)

@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen command; returns the process's exit code (2 for settings that cannot work)."""
     command = next(command for command in COMMANDS if command.name == args.bench_command)
     module = cast(CommandModule, importlib.import_module(command.module))
-    parser = argparse.ArgumentParser(prog=f"{args.bench_prog} {command.name}", description=command.help)
+    parser = argparse.ArgumentParser(
+        prog=f"{args.bench_prog} {command.name}", description=command.help, allow_abbrev=False
+    )
     module.add_arguments(parser)
     try:
         return module.run(parser.parse_args(args.bench_arguments))

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from bench.arrivals import Level, parse_concurrency, parse_rate
+from bench.extras import require
 from bench.measure import OBJECTIVES
 from bench.prompts import DEFAULT_VOCAB_SIZE, FIRST_RANDOM_ID, Lengths, PromptSource, open_source
 from engine.errors import ConfigError
@@ -221,6 +222,7 @@ def run(args: argparse.Namespace) -> int:
     Raises ConfigError when the flags make no sense or the server cannot be used.
     """
     plan = make_plan(args)
+    require("aiohttp", *(["matplotlib"] if args.plot else []))  # the plot is known to fail before an hour's measuring
     from bench.load_test import execute  # aiohttp is needed only from here on
 
     return execute(plan, args)

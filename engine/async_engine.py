@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
 from engine.errors import EngineDeadError, InvalidRequestError
 from engine.model_runner import ModelRunner
-from engine.observer import EngineObserver, NullObserver
+from engine.observer import EngineObserver
 from engine.request_state import RequestState, RequestStream
 from engine.sampler import Sample, SampleRow
 from engine.sampling_params import SamplingParams
@@ -68,7 +68,7 @@ class AsyncEngine:
         self.default_sampling: Mapping[str, float] = default_sampling or {}
         """What the checkpoint's generation_config.json recommends, under the names of `SamplingParams`."""
         self.tokenizer = tokenizer
-        self.observer: EngineObserver = observer or NullObserver()
+        self.observer: EngineObserver = observer or EngineObserver()
         self._scheduler = scheduler
         self._runner = runner
         self._states: dict[str, RequestState] = {}

@@ -29,7 +29,7 @@ def available_cores() -> int:
 def keep_freed_memory() -> None:
     """Have the C library keep what tensors free for the tensors of the next step, where it is glibc.
 
-    By default it hands large pieces back to the system and gets them anew, zeroed page by page: up to 46,000 page faults
+    By default it hands large pieces back to the system and gets them anew, zeroed page by page: up to 46,000 faults
     in a step of 2,048 prompt tokens of SmolLM2, some 5% of the step. What is kept is at most what a step once needed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,7 +1,6 @@
 """What the engine tells whoever counts and measures; the server's metrics are one such observer."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from scheduler.request import FinishReason
 
@@ -31,8 +30,8 @@ class RequestRecord:
         return self.decode_seconds / (self.generated_tokens - 1)
 
 
-class EngineObserver(Protocol):
-    """Called on the event loop, between steps: calls are cheap and never raise."""
+class EngineObserver:
+    """Called on the event loop, between steps: calls are cheap and never raise. As it is, it counts nothing."""
 
     def on_step(self, *, scheduled_tokens: int, num_running: int, num_waiting: int, kv_usage: float) -> None:
         """A step was computed."""
@@ -54,28 +53,3 @@ class EngineObserver(Protocol):
 
     def on_finish(self, record: RequestRecord) -> None:
         """A continuation ended."""
-
-
-class NullObserver:
-    """Counts nothing."""
-
-    def on_step(self, *, scheduled_tokens: int, num_running: int, num_waiting: int, kv_usage: float) -> None:
-        """Ignored."""
-
-    def on_preemption(self, count: int) -> None:
-        """Ignored."""
-
-    def on_prefix_cache(self, *, queried_tokens: int, hit_tokens: int) -> None:
-        """Ignored."""
-
-    def on_tokens(self, *, prompt: int, generated: int) -> None:
-        """Ignored."""
-
-    def on_first_token(self, seconds_since_arrival: float) -> None:
-        """Ignored."""
-
-    def on_inter_token(self, seconds: float) -> None:
-        """Ignored."""
-
-    def on_finish(self, record: RequestRecord) -> None:
-        """Ignored."""

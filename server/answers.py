@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.outputs import TokenLogprob
-from server.errors import ApiError
 from server.generation import Generation
 
 
@@ -32,7 +31,7 @@ async def collect(generation: Generation, count: int, request: Request) -> list[
     """All ``count`` choices, complete.
 
     Raises:
-        ApiError: 499, the client left before the end; its generation is aborted already.
+        ApiError: the client left (499) or the server stopped (503) before the end.
         OctavoError: the engine failed.
     """
     choices = [Choice() for _ in range(count)]
@@ -42,8 +41,6 @@ async def collect(generation: Generation, count: int, request: Request) -> list[
             choice.texts.append(output.text)
             choice.logprobs.extend(output.logprobs)
             choice.finish_reason = output.finish_reason
-    if any(choice.finish_reason is None for choice in choices):
-        raise ApiError(499, "The client left.")
     return choices
 
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from engine.errors import ConfigError
 from server import errors, openapi
 from server.auth import ApiKeyMiddleware, RequestIdMiddleware
-from server.chat_template import ChatTemplate
+from server.chat_template import ChatTemplate, load_template
 from server.config import ServerConfig
 from server.metrics import Metrics
 from server.routes import chat, completions, status, tokens
@@ -54,17 +54,10 @@ def create_app(engine: "AsyncEngine", config: ServerConfig, metrics: Metrics | N
 
 
 def _template(engine: "AsyncEngine", config: ServerConfig) -> ChatTemplate | None:
-    tokens = {"bos_token": engine.tokenizer.bos_token, "eos_token": engine.tokenizer.eos_token}
-    if config.chat_template is not None:
-        try:
-            source = config.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--chat-template: {config.chat_template} cannot be read") from error
-        return ChatTemplate(source, **tokens)
-    if engine.tokenizer.chat_template is None:
-        return None
     try:
-        return ChatTemplate(engine.tokenizer.chat_template, **tokens)
-    except ConfigError as error:  # the model can still complete text
-        logger.warning("chat is not served: %s", error)
+        return load_template(config.chat_template, engine.tokenizer)
+    except ConfigError as error:
+        if config.chat_template is not None:
+            raise
+        logger.warning("chat is not served: %s", error)  # the model can still complete text
         return None

@@ -7,7 +7,8 @@ insides, no changes to what it is given.
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
@@ -15,6 +16,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import ConfigError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
 
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
 """Variables that a request's ``chat_template_kwargs`` must not set."""
@@ -66,9 +70,11 @@ class ChatTemplate:
         given = dict(variables or {})
         if taken := RESERVED & given.keys():
             raise InvalidRequestError(f"chat_template_kwargs must not set {min(taken)}", param="chat_template_kwargs")
+        # One dict rather than keywords: a client may call a variable "self".
         context = {"tools": None, "documents": None, **given, **self._tokens}
+        context |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            text = self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **context)
+            text = self._template.render(context)
         except RecursionError:
             raise InvalidRequestError("the chat template went too deep", param="messages") from None
         except Exception as error:
@@ -76,6 +82,23 @@ class ChatTemplate:
             message = " ".join(str(error).split())[:500]
             raise InvalidRequestError(f"the chat template refused the messages: {message}", param="messages") from error
         return text.encode(errors="replace").decode()
+
+
+def load_template(file: Path | None, tokenizer: "Tokenizer") -> ChatTemplate | None:
+    """The template in ``file``, or without one the model's own, if it has any.
+
+    Raises:
+        ConfigError: it cannot be read, or its syntax is wrong.
+    """
+    source = tokenizer.chat_template
+    if file is not None:
+        try:
+            source = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--chat-template: {file} cannot be read") from error
+    if source is None:
+        return None
+    return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
 def _to_json(

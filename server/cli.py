@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast
 
+from engine.config import load
 from engine.errors import ConfigError, OctavoError
+from server.config import LogConfig
 
 
 class Command(NamedTuple):
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return module.run(args)
     except OctavoError as error:
-        if getattr(args, "log_level", None) == "debug":
+        if _debugging(args):
             raise
         print(f"octavo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -60,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # flushed any more, and the interpreter would complain about that at exit.
         sys.stdout = None
         return 1
+
+
+def _debugging(args: argparse.Namespace) -> bool:
+    """Whether a failure is shown with its traceback."""
+    try:
+        return load(LogConfig, vars(args)).log_level == "debug"
+    except ConfigError:
+        return False
 
 
 def _parser(name: str | None) -> tuple[argparse.ArgumentParser, CommandModule | None]:
@@ -73,7 +83,8 @@ def _parser(name: str | None) -> tuple[argparse.ArgumentParser, CommandModule | 
     subparsers = parser.add_subparsers(metavar="COMMAND", title="commands")
     module = None
     for command, (line, where) in COMMANDS.items():
-        subparser = subparsers.add_parser(command, help=line, description=f"{line[0].upper()}{line[1:]}.")
+        description = f"{line[0].upper()}{line[1:]}."
+        subparser = subparsers.add_parser(command, help=line, description=description, allow_abbrev=False)
         if command == name:
             module = cast(CommandModule, importlib.import_module(where))
             module.add_arguments(subparser)

@@ -8,7 +8,16 @@ from engine.config import boolean, check, choice, integer, memory, number, path,
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
+class LogConfig:
+    """What is logged; a class of its own because it also decides how every command shows its failure."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "info", choice("debug", "info", "warning", "error"), "what to log", metavar="LEVEL"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig(LogConfig):
     """Settings of `octavo serve` beside those of the engine; given by the mechanism of `engine.config`."""
 
     host: str = setting("127.0.0.1", text, "address to listen on; 0.0.0.0 for every one", metavar="HOST")
@@ -30,9 +39,6 @@ class ServerConfig:
     )
     send_timeout: float = setting(
         60.0, number(0.1, 86400), "seconds after which a client that does not read is cut off", metavar="S"
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = setting(
-        "info", choice("debug", "info", "warning", "error"), "what to log", metavar="LEVEL"
     )
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Self
 
 from starlette.types import Receive
 
-from engine.errors import OctavoError
 from engine.outputs import Output
 from engine.sampling_params import SamplingParams
 from server.errors import ApiError
@@ -27,6 +26,7 @@ class Generation:
         self._streams = streams
         self._n = n
         self._prompt_tokens = prompt_tokens
+        self._client_left = False
         self.generated_tokens = 0
 
     @classmethod
@@ -79,17 +79,23 @@ class Generation:
         """(choice index, output) of all prompts, as they come.
 
         Raises:
-            OctavoError, ApiError: the engine failed, or gave a choice up.
+            OctavoError: the engine failed.
+            ApiError: it was stopped, or the client left, before every choice was complete.
         """
+        unfinished = len(self._streams) * self._n
         pairs = _alone(self._streams[0]) if len(self._streams) == 1 else self._merge()
         async with contextlib.aclosing(pairs):
             async for index, output in pairs:
                 self.generated_tokens += len(output.token_ids)
-                if output.finish_reason == "error":
-                    raise OctavoError("the engine gave the request up")
-                if output.finish_reason == "abort":
-                    raise ApiError(503, "The request was stopped by the server.", code="aborted")
+                unfinished -= output.finish_reason is not None
                 yield index, output
+        if unfinished:  # the engine ends an aborted stream without a word
+            raise self._abort_error()
+
+    def _abort_error(self) -> ApiError:
+        if self._client_left:
+            return ApiError(499, "The client left.")
+        return ApiError(503, "The server stopped before the answer was complete.", code="aborted")
 
     async def _merge(self) -> Outputs:
         """All streams fairly: each waits its turn to put the next output into a queue with room for one per stream."""
@@ -129,6 +135,7 @@ class Generation:
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
+            self._client_left = True
             self.abort()
 
         watcher = asyncio.create_task(watch())

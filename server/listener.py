@@ -1,6 +1,8 @@
 """uvicorn, with what it leaves open closed: the size of headers, and the end of the process."""
 
+import asyncio
 import json
+import math
 import socket
 import time
 from collections.abc import Callable, Generator
@@ -21,6 +23,9 @@ MAX_HEADER_SIZE = 64 * 1024
 _WATCH_PERIOD = 1.0
 _WATCH_PATIENCE = 2
 """Failed looks at the engine's health, a period apart, until the server gives up."""
+
+_LAST_WORDS = 2
+"""Seconds, past the drain timeout, in which stopped requests are told so before their tasks are cancelled."""
 
 
 class Http(HttpToolsProtocol):
@@ -58,6 +63,7 @@ class Server(uvicorn.Server):
     """Says when it is ready, turns not ready on the first signal, and stops when the engine has failed."""
 
     def __init__(self, config: uvicorn.Config, serving: Serving, on_ready: Callable[[], None]) -> None:
+        """``config`` must leave requests a little more time than the drain timeout; see ``make_server``."""
         super().__init__(config)
         self.engine_failed = False
         self.serving = serving
@@ -79,6 +85,18 @@ class Server(uvicorn.Server):
             self._failures = 0 if self.serving.engine.is_healthy() else self._failures + 1
             self.engine_failed = self._failures >= _WATCH_PATIENCE
         return self.engine_failed or await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let running requests finish; past the drain timeout the engine stops, and each is told so."""
+        deadline = asyncio.create_task(self._stop_engine_in_time())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            deadline.cancel()
+
+    async def _stop_engine_in_time(self) -> None:
+        await asyncio.sleep(self.serving.config.drain_timeout)
+        await self.serving.engine.stop()
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """The first signal: no new work."""
@@ -108,6 +126,8 @@ def bind(config: ServerConfig) -> socket.socket:
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 sock.bind(address)
+                # Two sockets can be bound to one port while neither listens: only this tells that it is taken.
+                sock.listen()
             except OSError as error:
                 sock.close()
                 last = error
@@ -143,6 +163,6 @@ def make_server(app: FastAPI, config: ServerConfig, on_ready: Callable[[], None]
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=65,
-        timeout_graceful_shutdown=int(config.drain_timeout),
+        timeout_graceful_shutdown=math.ceil(config.drain_timeout) + _LAST_WORDS,
     )
     return Server(settings, app.state.serving, on_ready)

@@ -1,5 +1,6 @@
 """Log-probabilities in OpenAI's two shapes: aligned arrays for completions, a list of objects for chat."""
 
+import codecs
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,8 @@ class LegacyLogprobs:
         self._tokenizer = tokenizer
         self._count = count
         self._offset = 0
+        # A token may hold a part of a character: it counts where it is complete, as in the text.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, tokens: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
         """The arrays of the next tokens; a token's alternatives hold ``count`` entries, and itself if need be."""
@@ -55,7 +58,8 @@ class LegacyLogprobs:
             result["token_logprobs"].append(max(token.logprob, _FLOOR))
             result["top_logprobs"].append(best)
             result["text_offset"].append(self._offset)
-            self._offset += len(spelled.decode(errors="ignore"))
+            if token.token_id not in self._tokenizer.special_token_ids:  # those are not in the text
+                self._offset += len(self._decoder.decode(spelled))
         return result
 
     def add_json(self, tokens: Sequence[TokenLogprob]) -> str:

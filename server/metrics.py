@@ -17,6 +17,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
+from engine.observer import EngineObserver
+
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
     from engine.observer import RequestRecord
@@ -100,7 +102,7 @@ class Throughput:
         return sum(slot[1] for slot in slots) / WINDOW, sum(slot[2] for slot in slots) / WINDOW
 
 
-class Metrics(Collector):
+class Metrics(EngineObserver, Collector):
     """The engine's observer, and a page of what it saw."""
 
     def __init__(self) -> None:
@@ -165,7 +167,7 @@ class Metrics(Collector):
             "request_prefill_time_seconds": record.prefill_seconds,
             "request_decode_time_seconds": record.decode_seconds,
             "request_time_per_output_token_seconds": record.seconds_per_output_token,
-            "request_prompt_tokens": record.prompt_tokens,
+            "request_prompt_tokens": record.prompt_tokens if record.index == 0 else None,  # one prompt, n answers
             "request_generation_tokens": record.generated_tokens,
         }
         for name, value in observed.items():

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -27,6 +28,11 @@ MAX_BIASES = 1024
 MAX_CHOICES = 2048
 """Prompts times n of one request."""
 MAX_NAME_LENGTH = 256
+MAX_MESSAGES = 4096
+MAX_TEMPLATE_VALUES = 4096
+"""Values in a request's ``chat_template_kwargs``, nested ones included."""
+MAX_IDS = 2**20
+"""Token ids in a list, whatever the model: more are not even counted."""
 
 TokenIds = list[int]
 _INTS = {"type": "array", "items": {"type": "integer"}}
@@ -43,17 +49,36 @@ def unserved(*neutral: object) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _check_length(ids: list[Any], info: ValidationInfo) -> list[Any]:
+    """``ids``, unless it is longer than the context length, which ``read_body`` gives with the body."""
+    limit = (info.context or {}).get("max_model_len", MAX_IDS)
+    if len(ids) > limit:
+        raise InvalidRequestError(
+            f"{info.field_name}: {len(ids)} token ids are more than {limit}, the model's context length",
+            param=info.field_name,
+            code="context_length_exceeded",
+        )
+    return ids
+
+
 def _is_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _prompts(value: object) -> list[str | TokenIds]:
+def _prompts(value: object, info: ValidationInfo) -> list[str | TokenIds]:
     """Any of the four forms of a prompt, as a list with one entry per prompt."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
-        if _is_ids(value):
-            return [value]
+        if type(value[0]) is int:
+            if _is_ids(_check_length(value, info)):
+                return [value]
+        elif len(value) > MAX_CHOICES:
+            raise ValueError(f"at most {MAX_CHOICES} prompts are taken")
+        elif isinstance(value[0], list):
+            for item in value:
+                if isinstance(item, list):
+                    _check_length(item, info)
         if all(isinstance(item, str) for item in value) or all(map(_is_ids, value)):
             return value
     raise ValueError("must be text, a list of texts, a list of token ids, or a list of such lists; not empty")
@@ -68,6 +93,19 @@ def _stops(value: object) -> list[str]:
     if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
         raise ValueError(f"a stop string has 1 to {MAX_STOP_LENGTH} characters")
     return stops
+
+
+def _template_values(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    """``value``, unless it holds too much."""
+    count, rest = 0, [value]
+    while rest:
+        one = rest.pop()
+        inner = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        count += len(inner)
+        if count > MAX_TEMPLATE_VALUES:
+            raise ValueError(f"at most {MAX_TEMPLATE_VALUES} values are taken, nested ones included")
+        rest.extend(inner)
+    return value
 
 
 def _content(value: object) -> str | None:
@@ -106,6 +144,7 @@ Content = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}),
 ]
 Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH)]
+TemplateValues = Annotated[dict[Name, Any] | None, AfterValidator(_template_values)]
 
 
 class Body(BaseModel):
@@ -218,7 +257,7 @@ class Message(Body):
         return self
 
 
-Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class ChatRequest(SamplingBody):
@@ -230,7 +269,7 @@ class ChatRequest(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[Name, Any] | None = None
+    chat_template_kwargs: TemplateValues = None
 
     tools: Annotated[Any, unserved([])] = None
     tool_choice: Annotated[Any, unserved("none", "auto")] = None
@@ -260,7 +299,7 @@ class TokenizeRequest(Body):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[Name, Any] | None = None
+    chat_template_kwargs: TemplateValues = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -273,4 +312,8 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: Name | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+    tokens: Annotated[
+        list[Annotated[int, Field(ge=0)]],
+        Field(max_length=MAX_IDS, fail_fast=True),
+        AfterValidator(_check_length),
+    ]

@@ -1,9 +1,10 @@
 """What every route needs at hand: the engine, the settings, and the checks that come before any work."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from starlette.requests import Request
@@ -16,13 +17,22 @@ from server.protocol import Body, Message, TokenIds
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
-
     from server.metrics import Metrics
 
 B = TypeVar("B", bound=Body)
 
 _INLINE_CHARACTERS = 16384
 """Text up to this length is tokenized at once (about a millisecond); longer text in a thread, to hold up nobody."""
+_INLINE_BYTES = 65536
+"""Bodies up to this size are parsed at once."""
+_MAX_CONTAINERS = 65536
+"""Lists and objects in a body. Millions of them would take seconds to build, and no other thread runs meanwhile."""
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+"""A JSON string; one without an end reaches to the end, so that no input makes the search start over and over."""
+_INLINE_IDS = 8192
+"""Token ids that are checked or decoded at once."""
+_INLINE_MESSAGES = 64
+"""Messages that are put through the template at once."""
 
 
 @dataclass
@@ -116,18 +126,38 @@ class Serving:
         """
         if self.template is None:
             raise ApiError(400, "This model has no chat template; use /v1/completions.", code="no_chat_template")
-        turns = [
-            {
-                "role": "system" if message.role == "developer" else message.role,
-                "content": message.content,
-                **({} if message.name is None else {"name": message.name}),
-            }
-            for message in messages
-        ]
-        text = self.template.render(
-            turns, add_generation_prompt=add_generation_prompt is not False, variables=variables
+        render = partial(
+            self.template.render,
+            [_turn(message) for message in messages],
+            add_generation_prompt=add_generation_prompt is not False,
+            variables=variables,
         )
+        characters = sum(len(message.content or "") for message in messages)
+        large = characters > _INLINE_CHARACTERS or len(messages) > _INLINE_MESSAGES
+        text = await asyncio.to_thread(render) if large else render()
         return (await self.encode([text], add_special_tokens=False, param="messages"))[0]
+
+    async def decode(self, prompts: Sequence[TokenIds], *, skip_special_tokens: bool = True) -> list[str]:
+        """The text of each list of token ids, which exist."""
+
+        def work() -> list[str]:
+            decode = self.engine.tokenizer.decode
+            return [decode(prompt, skip_special_tokens=skip_special_tokens) for prompt in prompts]
+
+        return await asyncio.to_thread(work) if sum(map(len, prompts)) > _INLINE_IDS else work()
+
+    async def check_prompts(self, prompts: Sequence[TokenIds], param: str) -> None:
+        """Check that the token ids of all prompts exist.
+
+        Raises:
+            InvalidRequestError: one does not.
+        """
+
+        def work() -> None:
+            for prompt in prompts:
+                self.check_ids(prompt, param)
+
+        await asyncio.to_thread(work) if sum(map(len, prompts)) > _INLINE_IDS else work()
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Check that token ids exist.
@@ -165,17 +195,25 @@ class Serving:
         return max(map(len, vocabulary), default=1)
 
 
+def _turn(message: Message) -> dict[str, str | None]:
+    """A message as templates know it."""
+    role = "system" if message.role == "developer" else message.role
+    turn: dict[str, str | None] = {"role": role, "content": message.content}
+    return turn if message.name is None else {**turn, "name": message.name}
+
+
 async def read_body(request: Request, kind: type[B]) -> B:
     """Read and check a request's JSON body.
 
     Raises:
-        ApiError: 413 too large, 415 not JSON by its own account.
-        pydantic.ValidationError: not what ``kind`` takes.
+        ApiError: 413 too large, 415 not JSON by its own account, 400 of too many parts.
+        pydantic.ValidationError, InvalidRequestError: not what ``kind`` takes.
     """
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise ApiError(415, "The body must be JSON, with the header 'Content-Type: application/json'.")
-    limit = Serving.of(request).config.max_body_size
+    serving = Serving.of(request)
+    limit = serving.config.max_body_size
     too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length[:20]) > limit:
@@ -185,4 +223,16 @@ async def read_body(request: Request, kind: type[B]) -> B:
         body += part
         if len(body) > limit:
             raise too_large
-    return kind.model_validate_json(bytes(body))
+    parse = partial(_parse, kind, bytes(body), serving.engine.max_model_len)
+    return await asyncio.to_thread(parse) if len(body) > _INLINE_BYTES else parse()
+
+
+def _parse(kind: type[B], body: bytes, max_model_len: int) -> B:
+    if _num_containers(body) > _MAX_CONTAINERS and _num_containers(_STRING.sub(b"", body)) > _MAX_CONTAINERS:
+        raise ApiError(400, f"The body has more than {_MAX_CONTAINERS} lists and objects.")
+    return kind.model_validate_json(body, context={"max_model_len": max_model_len})
+
+
+def _num_containers(json: bytes) -> int:
+    """Lists and objects in it, and the brackets and braces in its strings."""
+    return json.count(b"[") + json.count(b"{")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig, add_flags, load_all
 from engine.errors import ConfigError, InvalidRequestError
-from server.commands.terminal import Terminal, TerminalConfig, show, terminal
+from server.commands.terminal import Terminal, TerminalConfig, show, standard_input, terminal
 from server.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -18,25 +18,34 @@ _HELP = "/reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sampling and the model."""
-    add_flags(parser.add_argument_group("the answers"), TerminalConfig)
+    answers = parser.add_argument_group("the answers")
+    add_flags(answers, TerminalConfig)
+    answers.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="file with a Jinja chat template to use instead of the model's (OCTAVO_CHAT_TEMPLATE)",
+    )
     add_flags(parser.add_argument_group("the model"), EngineConfig)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings (OCTAVO_CONFIG)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Talk until the user leaves."""
-    # ServerConfig is among them so that one file can serve all commands.
-    engine_config, config, _ = load_all((EngineConfig, TerminalConfig, ServerConfig), vars(args))
+    # ServerConfig is among them for the template, and so that one file can serve all commands.
+    engine_config, config, server_config = load_all((EngineConfig, TerminalConfig, ServerConfig), vars(args))
+
+    stdin = standard_input()
 
     from engine.launch import load_engine
-    from server.chat_template import ChatTemplate
+    from server.chat_template import load_template
 
     engine = load_engine(engine_config)
-    tokenizer = engine.tokenizer
-    if tokenizer.chat_template is None:
+    template = load_template(server_config.chat_template, engine.tokenizer)
+    if template is None:
         raise ConfigError(f"{engine.model_name} has no chat template; try `octavo generate`")
-    template = ChatTemplate(tokenizer.chat_template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-    print(f"{engine.model_name}. {_HELP}")
+    if stdin.isatty():
+        print(f"{engine.model_name}. {_HELP}")
     with terminal(engine, config) as console:
         _talk(Conversation(console, template, config.system))
     return 0

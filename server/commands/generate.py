@@ -1,11 +1,10 @@
 """`octavo generate`."""
 
 import argparse
-import sys
 
 from engine.config import EngineConfig, add_flags, load_all
 from engine.errors import ConfigError
-from server.commands.terminal import TerminalConfig, show, terminal
+from server.commands.terminal import TerminalConfig, show, sound, standard_input, terminal
 from server.config import ServerConfig
 
 
@@ -21,11 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Stream the continuation to standard output."""
     # ServerConfig is among them so that one file can serve all commands.
     engine_config, config, _ = load_all((EngineConfig, TerminalConfig, ServerConfig), vars(args))
-    prompt = args.prompt
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise ConfigError("--prompt: say what to continue, or give it on standard input")
-        prompt = sys.stdin.read()
+    prompt = _read() if args.prompt is None else sound(args.prompt)
 
     from engine.launch import load_engine
 
@@ -37,3 +32,10 @@ def run(args: argparse.Namespace) -> int:
         _, complete = console.answer(ids, show)
     print()
     return 0 if complete else 130
+
+
+def _read() -> str:
+    stdin = standard_input()
+    if stdin.isatty():
+        raise ConfigError("--prompt: say what to continue, or give it on standard input")
+    return stdin.read()

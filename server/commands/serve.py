@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig, add_flags, load_all
+from server.commands.terminal import TerminalConfig
 from server.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the model, listen, and serve until told to stop."""
-    engine_config, config = load_all((EngineConfig, ServerConfig), vars(args))
+    # TerminalConfig is among them so that one file can serve all commands.
+    engine_config, config, _ = load_all((EngineConfig, ServerConfig, TerminalConfig), vars(args))
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )

@@ -2,16 +2,27 @@
 
 import asyncio
 import contextlib
+import io
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from engine.config import integer, number, setting, text
+from engine.errors import ConfigError
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
+
+
+def _share(value: object) -> float:
+    """A number above 0 and up to 1."""
+    result: float = number(0, 1)(value)
+    if result == 0:
+        raise ValueError("expected a number above 0, up to 1")
+    return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +31,7 @@ class TerminalConfig:
 
     max_tokens: int | None = setting(None, integer(1), "tokens to generate, at most", metavar="N")
     temperature: float | None = setting(None, number(0, 2), "0 always takes the likeliest token", metavar="T")
-    top_p: float | None = setting(None, number(0, 1), "keep the likeliest tokens up to this probability", metavar="P")
+    top_p: float | None = setting(None, _share, "keep the likeliest tokens up to this probability", metavar="P")
     top_k: int | None = setting(None, integer(0), "keep the K likeliest tokens; 0 keeps all", metavar="K")
     system: str | None = setting(None, text, "system prompt of a chat", metavar="TEXT")
 
@@ -77,5 +88,22 @@ def terminal(engine: "AsyncEngine", config: TerminalConfig) -> Iterator[Terminal
 
 def show(piece: str) -> None:
     """Put a piece of text on standard output at once."""
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+    print(piece, end="", flush=True)
+
+
+def standard_input() -> TextIO:
+    """Standard input; bytes that are no text become U+FFFD there.
+
+    Raises:
+        ConfigError: it is closed.
+    """
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    return sys.stdin
+
+
+def sound(words: str) -> str:
+    """Text from the command line, with U+FFFD for bytes that are no text: Python passes those on as surrogates."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", words)

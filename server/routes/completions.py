@@ -58,14 +58,13 @@ async def _prepare(serving: Serving, body: CompletionRequest) -> Job:
     model = serving.model(body.model)
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
-    for prompt in prompts:
-        serving.check_ids(prompt, "prompt")
+    await serving.check_prompts(prompts, "prompt")
     if texts:  # a prompt is all texts or all ids
         prompts = await serving.encode(texts, add_special_tokens=body.add_special_tokens is not False, param="prompt")
     room = serving.room(prompts, body.max_tokens, "prompt")
     echoes = [""] * len(prompts)
     if body.echo:
-        echoes = texts or [serving.engine.tokenizer.decode(prompt) for prompt in prompts]
+        echoes = texts or await serving.decode(prompts)
     return Job(
         body=body,
         serving=serving,

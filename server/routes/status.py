@@ -37,6 +37,7 @@ def _model(serving: Serving, name: str) -> dict[str, Any]:
     }
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> dict[str, str]:
     """Alive: the engine has not failed, and moves while it has work."""
@@ -45,6 +46,7 @@ async def health(request: Request) -> dict[str, str]:
     return {"status": "ok"}
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, str]:
     """To be sent requests: loaded, healthy, and not about to stop."""

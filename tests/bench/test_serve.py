@@ -1,4 +1,5 @@
 import argparse
+import importlib.util
 import shlex
 import subprocess
 import sys
@@ -134,3 +135,16 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr.strip()) == (0, "")
     assert "--concurrency" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [("aiohttp", ["serve"]), ("aiohttp", ["ceiling"]), ("matplotlib", ["serve", "--plot", "x.svg"])],
+)
+def test_a_package_that_only_measuring_needs_is_asked_for_in_one_line(
+    missing: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else object())
+    assert cli.run(group().parse_args(command)) == 2
+    expected = f"octavo bench {command[0]}: error: this needs {missing}: pip install 'octavo[bench]'\n"
+    assert capsys.readouterr().err == expected

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KVCache
 from engine.launch import LoadedModel, assemble
-from engine.observer import EngineObserver, NullObserver
+from engine.observer import EngineObserver
 from engine.outputs import Output
 from engine.sampling_params import SamplingParams
 from scheduler.batch import ScheduledSequence
@@ -38,7 +38,7 @@ def all_logits(loaded: LoadedModel, tokens: Sequence[int], chunks: Sequence[int]
     return torch.cat(rows)
 
 
-class PreemptionCount(NullObserver):
+class PreemptionCount(EngineObserver):
     """Counts preemptions."""
 
     preemptions = 0

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDeadError, InvalidRequestError
 from engine.launch import LoadedModel, assemble
 from engine.model_runner import ModelRunner
-from engine.observer import NullObserver, RequestRecord
+from engine.observer import EngineObserver, RequestRecord
 from engine.sampling_params import SamplingParams
 from tests.engine.driving import GREEDY, ask, ask_all, generate
 
@@ -63,7 +63,7 @@ def test_output_does_not_depend_on_how_it_is_scheduled(
 
 
 async def test_a_small_cache_preempts_and_a_prefix_is_reused(tiny: LoadedModel) -> None:
-    class Counts(NullObserver):
+    class Counts(EngineObserver):
         preempted = hit = 0
 
         def on_preemption(self, count: int) -> None:
@@ -281,7 +281,7 @@ async def test_a_request_fills_the_context_to_its_last_token(tiny: LoadedModel) 
 async def test_times_add_up(tiny: LoadedModel) -> None:
     records: list[RequestRecord] = []
 
-    class Recorder(NullObserver):
+    class Recorder(EngineObserver):
         def on_finish(self, record: RequestRecord) -> None:
             records.append(record)
 

@@ -116,6 +116,13 @@ def test_a_tensor_of_another_shape_or_name_is_refused(folder: Path) -> None:
             use("x")
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_a_tensor_that_is_not_of_floats_is_no_weight(dtype: torch.dtype, folder: Path) -> None:
+    save_file({**tensors(), "model.norm.weight": torch.ones(16, dtype=dtype)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"model.safetensors: tensor 'model.norm.weight' is of {dtype}"):
+        opened(folder).tensors.copy_into("model.norm.weight", torch.empty(16))
+
+
 def test_ends_are_gathered_from_all_files(folder: Path) -> None:
     write_json(folder / "config.json", CONFIG | {"eos_token_id": [7, 8]})
     write_json(folder / "generation_config.json", {"eos_token_id": 9, "temperature": 0.6})
@@ -240,6 +247,18 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokenizer": (without("tokenizer.json"), "there is no tokenizer.json"),
     "tokenizer cut": (cut("tokenizer.json", 9), "tokenizer.json: not a tokenizer"),
     "tokenizer config cut": (cut("tokenizer_config.json", 2), "tokenizer_config.json: not valid JSON"),
+    "added token a text": (
+        with_file("tokenizer_config.json", b'{"added_tokens_decoder": {"5": "abc"}}'),
+        "tokenizer_config.json: added_tokens_decoder describes token 5 by no object",
+    ),
+    "added token far away": (
+        with_file("tokenizer_config.json", b'{"added_tokens_decoder": {"%b": {}}}' % (b"9" * 5000)),
+        "tokenizer_config.json: added_tokens_decoder has an id of more than 9 digits",
+    ),
+    "template named by a list": (
+        with_file("tokenizer_config.json", b'{"chat_template": [{"name": ["default"], "template": "x"}]}'),
+        "tokenizer_config.json: chat_template has an entry without a name",
+    ),
     "generation config": (with_file("generation_config.json", b"{"), "generation_config.json: not valid JSON"),
     "template": (with_file("chat_template.jinja", b"\xff"), "chat_template.jinja: cannot be read"),
     "no weights": (without("model.safetensors"), "no model.safetensors and no"),

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from engine.errors import EngineDeadError, OctavoError
 from engine.outputs import Output, TokenLogprob
 from engine.sampling_params import SamplingParams
-from engine.text_stream import TextStream
+from engine.text_stream import TextPiece, TextStream
 from engine.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -111,8 +111,11 @@ class FakeStream:
             piece = text.push(token, may_stop=True)
             last = position == min(limit, len(ids))
             reason = "stop" if piece.stop or (last and position == len(ids) < limit) else "length" if last else None
-            rest = text.finish() if reason and not piece.stop else ""
-            yield Output(index, piece.text + rest, (token,), self._logprobs(token), reason, piece.stop)
+            rest = text.finish() if reason and not piece.stop else TextPiece("")
+            stop = piece.stop or rest.stop
+            yield Output(
+                index, piece.text + rest.text, (token,), self._logprobs(token), "stop" if stop else reason, stop
+            )
             if piece.stop:
                 return
 

@@ -64,6 +64,8 @@ REFUSED: list[tuple[tuple[str, object], str | None]] = [
     (completion(prompt=[258]), "prompt"),
     (completion(prompt=[2**70]), "prompt"),
     (completion(prompt={"a": 1}), "prompt"),
+    (completion(prompt=["a"] * 2049), "prompt"),
+    (completion(prompt=[[1]] * 2049), "prompt"),
     (completion(prompt="", add_special_tokens=False), "prompt"),
     (completion(n=True), "n"),
     (completion(n="3"), "n"),
@@ -129,6 +131,7 @@ REFUSED: list[tuple[tuple[str, object], str | None]] = [
     (said(role="tool", content="x", tool_call_id="1"), "messages[0]"),
     (said(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls"),
     ((CHAT, {"messages": [HI, {"role": "system", "content": "late"}]}), "messages"),
+    ((CHAT, {"messages": [HI] * 4097}), "messages"),
     (chat(max_tokens=0), "max_tokens"),
     (chat(max_tokens=1, max_completion_tokens=2), "max_tokens"),
     (chat(logprobs=1), "logprobs"),
@@ -140,6 +143,7 @@ REFUSED: list[tuple[tuple[str, object], str | None]] = [
     (chat(modalities=["audio"]), "modalities"),
     (chat(chat_template="{{ 1 }}"), "chat_template"),
     (chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs"),
+    (chat(chat_template_kwargs={"a": [[0] * 100] * 50}), "chat_template_kwargs"),
     (("/tokenize", {}), "prompt"),
     (("/tokenize", {"prompt": "a", "messages": [HI]}), "prompt"),
     (("/detokenize", {"tokens": ["1"]}), "tokens[0]"),
@@ -207,6 +211,8 @@ def test_a_body_that_is_not_json_by_its_own_account_is_a_415(live: Live) -> None
     [
         {"prompt": "a" * 300},
         {"prompt": [1] * 256},
+        {"prompt": [1] * 100_000},
+        {"prompt": [[1], [1] * 100_000]},
         {"prompt": "a" * 200, "max_tokens": 100},
         {"prompt": ["a", "a" * 300]},
         {"prompt": "a" * 2_000_000},
@@ -220,6 +226,20 @@ def test_more_than_the_context_length_is_told_by_its_code(live: Live, body: dict
     error = check_error(live.http.post(path, json=body), 400)
     assert error["code"] == "context_length_exceeded"
     assert "256" in error["message"]
+
+
+@pytest.mark.parametrize("count", [257, 2**20 + 1])
+def test_more_ids_than_a_context_are_not_put_into_text(live: Live, count: int) -> None:
+    error = check_error(live.http.post("/detokenize", json={"tokens": [1] * count}), 400)
+    assert error["param"] == "tokens"
+
+
+def test_a_body_of_too_many_parts_is_refused_before_they_are_built(live: Live) -> None:
+    error = check_error(live.http.post(COMPLETIONS, json={"prompt": "x", "guided_json": [[]] * 70_000}), 400)
+    assert "lists and objects" in error["message"]
+    brackets = {"prompt": "x", "user": '["\\' * 70_000}  # in a text they are only text
+    assert live.http.post(COMPLETIONS, json=brackets).status_code == 200
+    check_error(live.http.post(COMPLETIONS, content=b'{"prompt": "' + b'[\\"' * 100_000), 400)
 
 
 def test_a_body_over_the_limit_is_a_413(start: Callable[..., Live]) -> None:

@@ -118,3 +118,22 @@ def test_a_conversation_can_be_tokenized(live: Live) -> None:
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     ids = live.http.post("/tokenize", json=body).json()["tokens"]
     assert live.engine.tokenizer.decode(ids, skip_special_tokens=False) == "<s><|user|>Hi\n<|assistant|>"
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_a_variable_of_the_template_may_have_any_name(live: Live, count: int) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}] * count, "max_tokens": 1}
+    variables = {"self": 1, "context": 2, "not a name": 3}
+    answer = live.http.post("/v1/chat/completions", json={**body, "chat_template_kwargs": variables})
+    assert answer.status_code == (200 if count == 1 else 400)  # 200 messages are too long, and nothing else
+
+
+def test_messages_in_any_number_are_rendered_alike(start: Callable[..., Live]) -> None:
+    live = start(FakeEngine(max_model_len=100_000))
+    for count in (1, 100):
+        messages = [{"role": "user", "content": "x"}] * count
+        answer = live.http.post("/tokenize", json={"messages": messages}).json()
+        text = live.http.post("/detokenize", json={"tokens": answer["tokens"]}).json()["prompt"]
+        assert text == "<s>" + "<|user|>x\n" * count + "<|assistant|>"
+    long = {"messages": [{"role": "user", "content": "x" * 90_000}]}
+    assert live.http.post("/tokenize", json=long).json()["count"] > 90_000

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from server import cli
 from server.commands import chat
 from server.commands.serve import _url
@@ -85,7 +85,6 @@ def test_a_failure_is_one_line_and_exit_code_1(
 
 def test_a_taken_port_is_known_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with bind(ServerConfig(port=0)) as sock:
-        sock.listen()
         port = sock.getsockname()[1]
         assert cli.main(["serve", "--port", str(port)]) == 2
     assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
@@ -208,3 +207,62 @@ def test_one_file_serves_all_commands(
     assert run(monkeypatch, "x", "generate", "--config", str(file)) == 0
     assert fake.submitted[0].params.temperature == 0.5
     assert fake.submitted[0].params.max_tokens == 3
+    capsys.readouterr()
+    with bind(ServerConfig(port=0)) as sock:
+        port = sock.getsockname()[1]
+        assert cli.main(["serve", "--config", str(file), "--port", str(port)]) == 2
+    assert "cannot listen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["flag", "file"])
+def test_chat_takes_another_template(
+    how: str, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    template, file = tmp_path / "chat.jinja", tmp_path / "octavo.yaml"
+    template.write_text("It said: {{ messages[-1].content }}")
+    file.write_text(f"chat_template: {template}")
+    given = ["--chat-template", str(template)] if how == "flag" else ["--config", str(file)]
+    assert run(monkeypatch, "Hi\n", "chat", "--max-tokens", "1", *given) == 0
+    assert fake.tokenizer.decode(fake.submitted[0].prompt) == "It said: Hi"
+
+
+def test_chat_greets_only_on_a_terminal(
+    fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "", "chat") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_bytes_that_are_no_text_are_replaced(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "", "generate", "--max-tokens", "1", "--prompt", "a\udcff") == 0
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    assert cli.main(["generate", "--max-tokens", "1"]) == 0
+    assert [fake.tokenizer.decode(stream.prompt) for stream in fake.submitted] == ["a\ufffd"] * 2
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_closed_standard_input_is_one_line(
+    command: str, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli.main([command]) == 2
+    assert capsys.readouterr().err == "octavo: error: standard input is closed\n"
+
+
+def test_a_top_p_of_zero_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--top-p", "0"]) == 2
+    assert "--top-p: expected a number above 0, up to 1, not '0'" in capsys.readouterr().err
+
+
+def test_flags_cannot_be_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--prom", "x"])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_debugging_shows_where_an_error_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError):
+        cli.main(["serve", "--log-level", "debug", "--port", "x"])
+    monkeypatch.setenv("OCTAVO_LOG_LEVEL", "debug")
+    with pytest.raises(ConfigError):
+        cli.main(["generate", "--top-p", "0"])

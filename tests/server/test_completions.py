@@ -2,8 +2,10 @@
 
 import pytest
 
+from engine.outputs import TokenLogprob
+from server.logprobs import LegacyLogprobs
 from tests.server.conftest import Live
-from tests.server.fakes import SENTENCE
+from tests.server.fakes import SENTENCE, byte_tokenizer
 
 
 def answer_to(live: Live, prompt: str, index: int = 0, seed: int | None = None) -> str:
@@ -99,6 +101,19 @@ def test_logprobs_come_in_aligned_arrays(live: Live) -> None:
     assert logprobs.top_logprobs is not None
     assert all(len(top) == 2 for top in logprobs.top_logprobs)
     assert all(top[token] == -1.5 for top, token in zip(logprobs.top_logprobs, logprobs.tokens, strict=True))
+
+
+@pytest.mark.parametrize("pieces", [1, 100])
+def test_offsets_follow_the_text_through_characters_of_several_tokens(pieces: int) -> None:
+    tokenizer = byte_tokenizer()
+    text = "I 😀 b 日本"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    tokens = [TokenLogprob(one, -1.0, ()) for one in [*ids[:3], 256, *ids[3:]]]  # <s> is not in the text
+    maker, offsets = LegacyLogprobs(tokenizer, 0), []
+    for start in range(0, len(tokens), pieces):
+        offsets += maker.add(tokens[start : start + pieces])["text_offset"]
+    expected = [index for index, character in enumerate(text) for _ in character.encode()]
+    assert offsets == [*expected[:3], expected[3], *expected[3:]]
 
 
 def test_zero_logprobs_give_the_sampled_tokens_alone(live: Live) -> None:

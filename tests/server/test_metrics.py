@@ -88,6 +88,7 @@ def test_a_finished_request_is_counted_and_timed(metrics: Metrics) -> None:
     metrics.on_step(scheduled_tokens=7, num_running=1, num_waiting=0, kv_usage=0.1)
     metrics.on_finish(
         RequestRecord(
+            index=0,
             finish_reason="length",
             prompt_tokens=10,
             generated_tokens=5,
@@ -112,11 +113,23 @@ def test_a_finished_request_is_counted_and_timed(metrics: Metrics) -> None:
 
 
 def test_a_request_that_never_ran_has_no_times(metrics: Metrics) -> None:
-    metrics.on_finish(RequestRecord(finish_reason="abort", prompt_tokens=1, generated_tokens=0, e2e_seconds=1.0))
+    metrics.on_finish(
+        RequestRecord(index=0, finish_reason="abort", prompt_tokens=1, generated_tokens=0, e2e_seconds=1.0)
+    )
     found = samples(metrics.render())
     assert found["octavo:request_success_total", frozenset({("finished_reason", "abort")})] == 1
     assert found["octavo:request_queue_time_seconds_count", frozenset()] == 0
     assert found["octavo:request_time_per_output_token_seconds_count", frozenset()] == 0
+
+
+def test_a_prompt_is_counted_once_however_many_answers_it_has(metrics: Metrics) -> None:
+    for index in range(3):
+        record = RequestRecord(index=index, finish_reason="stop", prompt_tokens=9, generated_tokens=2, e2e_seconds=1.0)
+        metrics.on_finish(record)
+    found = samples(metrics.render())
+    assert found["octavo:request_prompt_tokens_sum", frozenset()] == 9
+    assert found["octavo:request_prompt_tokens_count", frozenset()] == 1
+    assert found["octavo:request_generation_tokens_count", frozenset()] == 3
 
 
 def test_buckets_begin_at_a_millisecond_and_first_tokens_may_take_160_seconds() -> None:

@@ -47,3 +47,11 @@ def test_the_api_describes_its_bodies(live: Live) -> None:
     name = body["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
     assert "messages" in description["components"]["schemas"][name]["properties"]
     assert live.http.get("/docs").status_code == 200
+
+
+def test_a_probe_may_ask_by_head(live: Live) -> None:
+    for path in ("/health", "/ready"):
+        answer = live.http.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+    live.engine.ready = False
+    assert live.http.head("/ready").status_code == 503

@@ -1,13 +1,16 @@
 """Streams: the same answers, piece by piece."""
 
 import json
+import threading
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
 
 from tests.server.conftest import Live
+from tests.server.fakes import FakeEngine
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 BODIES = {
@@ -150,3 +153,19 @@ def test_a_failure_in_mid_stream_reaches_the_official_client(live: Live) -> None
     live.engine.fail_after = 3
     with pytest.raises(openai.APIError, match="failed in the engine"):
         list(live.openai.completions.create(model="fake", prompt="x", stream=True))
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_stops_does_not_make_an_answer_look_complete(
+    start: Callable[..., Live], path: str, stream: bool
+) -> None:
+    live = start(FakeEngine(pace=0.02))
+    stop = threading.Timer(0.2, lambda: [one.abort() for one in list(live.engine.open)])
+    stop.start()
+    answer = live.http.post(path, json={**BODIES[path], "stream": stream, "ignore_eos": True, "max_tokens": 100})
+    stop.join()
+    assert answer.status_code == (200 if stream else 503)
+    last = answer.text.removesuffix("\n\n").split("\n\n")[-1].removeprefix("data: ")
+    assert json.loads(last)["error"]["code"] == "aborted"
+    assert "[DONE]" not in answer.text
