@@ -1,32 +1,13 @@
 """The `octavo` command: a table of subcommands, each loaded only when it is the one asked for."""
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
 
 from engine.config import load
 from engine.errors import ConfigError, OctavoError
+from server.command_table import Command, CommandModule
 from server.config import LogConfig
-
-
-class Command(NamedTuple):
-    """One line of the table."""
-
-    help: str
-    module: str
-
-
-class CommandModule(Protocol):
-    """What a command's module offers. Importing it must be cheap: what is heavy is imported by ``run``."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the command's flags."""
-
-    def run(self, args: argparse.Namespace) -> int:
-        """Do it; the result is the exit code."""
-
 
 COMMANDS = {
     "serve": Command("serve a model over the OpenAI API", "server.commands.serve"),
@@ -82,11 +63,12 @@ def _parser(name: str | None) -> tuple[argparse.ArgumentParser, CommandModule | 
     )
     subparsers = parser.add_subparsers(metavar="COMMAND", title="commands")
     module = None
-    for command, (line, where) in COMMANDS.items():
+    for key, command in COMMANDS.items():
+        line = command.help
         description = f"{line[0].upper()}{line[1:]}."
-        subparser = subparsers.add_parser(command, help=line, description=description, allow_abbrev=False)
-        if command == name:
-            module = cast(CommandModule, importlib.import_module(where))
+        subparser = subparsers.add_parser(key, help=line, description=description, allow_abbrev=False)
+        if key == name:
+            module = command.load()
             module.add_arguments(subparser)
     return parser, module
 

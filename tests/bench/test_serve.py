@@ -102,7 +102,7 @@ def test_the_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> Non
         group().parse_args(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command.name in shown and command.help in shown for command in cli.COMMANDS)
+    assert all(name in shown and command.help in shown for name, command in cli.COMMANDS.items())
 
 
 def test_a_commands_help_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
