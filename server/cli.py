@@ -57,7 +57,7 @@ def _parser(name: str | None) -> tuple[argparse.ArgumentParser, CommandModule | 
     """The parser with one line per command; only the command ``name`` is loaded and gets its flags."""
     parser = argparse.ArgumentParser(
         prog="octavo",
-        description="Serve language models over the OpenAI API, from a shared and budgeted, paged KV cache.",
+        description="Serve language models over the OpenAI API, from a shared, paged KV cache.",
         epilog="`octavo COMMAND --help` lists a command's flags.",
         allow_abbrev=False,
     )

@@ -37,7 +37,7 @@ def _onednn_dtypes() -> frozenset[torch.dtype]:
 
 @functools.cache
 def _own_kernel() -> NativeOps | None:
-    """The native library, where its matmul is the one to take. AMX multiplies 4 times as fast: that is oneDNN's."""
+    """The native library, where its matmul is the one to take. oneDNN uses AMX where there is any; ours does not."""
     ops = native()
     return ops if ops is not None and ops.has_linear and not torch.cpu._is_amx_tile_supported() else None
 
