@@ -224,6 +224,7 @@ class AsyncEngine:
         except Exception as error:  # noqa: BLE001 — whatever it is, no request may hang on a dead loop
             self._fail(error)
         finally:
+            self._step_began = None
             worker.shutdown(wait=False)  # a step under way ends in its thread; waiting here would block the event loop
 
     def _prepare(self) -> tuple[ScheduledBatch, list[SampleRow]]:

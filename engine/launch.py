@@ -67,7 +67,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     torch.set_num_threads(threads)
     if device.type == "cpu":
         keep_freed_memory()
-        ops.load(config.cache_dir / "kernels")
+        ops.load(config.cache_dir)
     checkpoint = open_checkpoint(config.model, revision=config.revision)
     model = model_config(checkpoint.config)
     dtype = pick_dtype(config.dtype, device)

@@ -33,10 +33,7 @@ class TextStream:
     def push(self, token: int, *, may_stop: bool) -> TextPiece:
         """Add a token. While ``may_stop`` is false (before ``min_tokens``) stop strings are ordinary text."""
         text = self._detokenizer.push(token)
-        if not self._stops:
-            return TextPiece(text)
-        if not may_stop:
-            self._pending = ""
+        if not (self._stops and may_stop):
             return TextPiece(text)
         return self._scan(self._pending + text)
 

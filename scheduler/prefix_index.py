@@ -57,12 +57,3 @@ class PrefixIndex:
         key = self._key_of.pop(block, None)
         if key is not None:
             del self._block_of[key]
-
-    def clear(self) -> None:
-        """Forget everything: after a failed step no block's content is certain."""
-        self._block_of.clear()
-        self._key_of.clear()
-
-    def items(self) -> list[tuple[bytes, int]]:
-        """All (key, block) pairs; for checks."""
-        return list(self._block_of.items())
