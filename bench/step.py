@@ -82,7 +82,7 @@ def profile_step(loaded: Any, batch: int, context: int, new_tokens: int, steps: 
     from engine.model_runner import ModelRunner
     from engine.sampler import SampleRow
     from engine.sampling_params import SamplingParams
-    from scheduler.batch import ScheduledBatch, ScheduledSequence
+    from scheduler.batch import ScheduledBatch, ScheduledSequence, Transfers
 
     config, size = loaded.decoder.config, 16
     blocks = -(-context // size)
@@ -101,7 +101,7 @@ def profile_step(loaded: Any, batch: int, context: int, new_tokens: int, steps: 
         )
         for index in range(batch)
     )
-    step = ScheduledBatch(items, (), batch * new_tokens, 0)
+    step = ScheduledBatch(items, Transfers(), batch * new_tokens, 0)
     rows = [SampleRow(SamplingParams(temperature=0.0), 0, tokens, len(tokens), frozenset())] * batch
     runner = ModelRunner(loaded.decoder, cache)
     profile = Profile()

@@ -5,16 +5,18 @@ thread. The loop sleeps while there is no work and never waits for a client.
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
-from engine.errors import EngineDeadError, InvalidRequestError
+from engine.errors import EngineDeadError, InvalidRequestError, RequestTimeoutError
 from engine.model_runner import ModelRunner
 from engine.observer import EngineObserver
 from engine.request_state import RequestState, RequestStream
@@ -39,6 +41,8 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
+    num_queued_tokens: int
+    """Prompt tokens of the requests that have not begun."""
     used_blocks: int
     num_blocks: int
     block_size: int
@@ -112,8 +116,14 @@ class AsyncEngine:
         *,
         request_id: str,
         cache_salt: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        timeout: float | None = None,
     ) -> RequestStream:
         """Queue a prompt (token ids) without waiting for anything.
+
+        ``priority`` and ``tenant`` count under the orders that know them (--scheduling); after ``timeout`` seconds
+        the request ends with a RequestTimeoutError, wherever it is.
 
         Raises InvalidRequestError if the request can never be served, EngineDeadError if the engine has failed.
         """
@@ -121,12 +131,21 @@ class AsyncEngine:
             raise EngineDeadError(_FAILED if self._failed else "the engine is not running")
         if request_id in self._states:
             raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
-        request = self._request(prompt, params, request_id, cache_salt)
+        now = time.monotonic()
+        request = self._request(
+            prompt,
+            params,
+            request_id,
+            cache_salt=cache_salt,
+            priority=priority,
+            tenant=tenant,
+            deadline=None if timeout is None else now + timeout,
+        )
         stream = RequestStream(request_id, len(prompt), lambda: self._abort(state))
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         state = RequestState(request, params, seed, self.tokenizer, stream)
         self._states[request_id] = state
-        self._scheduler.add(request)
+        self._scheduler.add(request, now)
         self._wake.set()
         return stream
 
@@ -145,6 +164,7 @@ class AsyncEngine:
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
+            num_queued_tokens=self._scheduler.num_queued_tokens,
             used_blocks=pool.num_used,
             num_blocks=pool.num_blocks,
             block_size=self._scheduler.config.block_size,
@@ -152,9 +172,7 @@ class AsyncEngine:
 
     # A request's way in and out
 
-    def _request(
-        self, prompt: Sequence[int], params: SamplingParams, request_id: str, cache_salt: str | None
-    ) -> Request:
+    def _request(self, prompt: Sequence[int], params: SamplingParams, request_id: str, **options: Any) -> Request:
         self._check_prompt(prompt)
         if params.n < 1:
             raise InvalidRequestError("n must be at least 1", param="n")
@@ -182,7 +200,7 @@ class AsyncEngine:
         # A file may name ids that its model does not have: those cannot be sampled, nor forbidden.
         stops = {token for token in eos if token < self.info.vocab_size}.union(params.stop_token_ids)
         rule = StopRule(max_tokens=max_tokens, min_tokens=params.min_tokens, stop_token_ids=frozenset(stops))
-        return Request(request_id, prompt, rule, n=params.n, cache_salt=cache_salt)
+        return Request(request_id, prompt, rule, n=params.n, **options)
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:
@@ -213,7 +231,11 @@ class AsyncEngine:
                 while not self._scheduler.has_work:
                     self._wake.clear()
                     await self._wake.wait()
+                self._expire()
                 batch, rows = self._prepare()
+                if not batch:
+                    await self._wait_for_event()
+                    continue
                 self._step_began = time.monotonic()
                 samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows)
                 self._step_began = None
@@ -227,10 +249,24 @@ class AsyncEngine:
             self._step_began = None
             worker.shutdown(wait=False)  # a step under way ends in its thread; waiting here would block the event loop
 
+    async def _wait_for_event(self) -> None:
+        """Sleep, though there is work: until a request comes, or a delayed batch or a time limit is due."""
+        due = self._scheduler.next_event()
+        self._wake.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), None if due is None else max(due - time.monotonic(), 0))
+
+    def _expire(self) -> None:
+        for request in self._scheduler.expire(time.monotonic()):
+            state = self._states.pop(request.request_id)
+            queued = request.cached_tokens is None
+            message = "the time limit was up before the request could begin" if queued else "the time limit was up"
+            state.end("timeout", self.observer, RequestTimeoutError(message, queued=queued))
+
     def _prepare(self) -> tuple[ScheduledBatch, list[SampleRow]]:
         counters = self._scheduler.counters
         queried, hit = counters.prefix_queried_tokens, counters.prefix_hit_tokens
-        batch = self._scheduler.schedule()
+        batch = self._scheduler.schedule(time.monotonic())
         if counters.prefix_queried_tokens > queried:
             self.observer.on_prefix_cache(
                 queried_tokens=counters.prefix_queried_tokens - queried, hit_tokens=counters.prefix_hit_tokens - hit

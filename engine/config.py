@@ -345,6 +345,44 @@ class EngineConfig:
         None, memory, "size of the KV cache, such as 2GiB; fitted to the machine by default", metavar="SIZE"
     )
     prefix_caching: bool = setting(True, boolean, "share the KV blocks of equal prompt beginnings")
+    swap_memory: int | None = setting(
+        None,
+        memory,
+        "memory of the host for swapped-out requests and for cached prefixes that the KV cache has no room for, "
+        "such as 4GiB; none by default",
+        metavar="SIZE",
+    )
+    preemption: Literal["auto", "recompute", "swap"] = setting(
+        "auto",
+        choice("auto", "recompute", "swap"),
+        "what becomes of a request that has to make room; auto swaps it out where --swap-memory has room",
+        metavar="MODE",
+    )
+    scheduling: Literal["fcfs", "priority", "fair"] = setting(
+        "fcfs",
+        choice("fcfs", "priority", "fair"),
+        "who runs first: first come, the lowest 'priority', or the tenant that was given the fewest tokens",
+        metavar="ORDER",
+    )
+    ageing: float = setting(
+        10.0,
+        number(0.001, 86400),
+        "seconds of waiting that make up for one level of priority, or for 1,000 tokens of a fair share",
+        metavar="S",
+    )
+    batching: Literal["none", "static", "dynamic", "continuous"] = setting(
+        "continuous",
+        choice("none", "static", "dynamic", "continuous"),
+        "when requests may begin: as soon as there is room, or the older ways, for comparison",
+        metavar="MODE",
+    )
+    batch_size: int = setting(8, integer(1), "requests of a static or dynamic batch", metavar="N")
+    batch_delay: float = setting(
+        0.05, number(0, 3600), "seconds that a dynamic batch waits to fill, at most", metavar="S"
+    )
+    queue_timeout: float | None = setting(
+        None, number(0.001, 86400), "seconds that a request waits to begin, at most; no limit by default", metavar="S"
+    )
     seed: int = setting(0, integer(0, 2**63 - 1), "seed of requests that bring none", metavar="N")
     threads: int | None = setting(
         None, integer(1, 4096), "CPU threads of the model; the machine's cores by default", metavar="N"

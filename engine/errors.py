@@ -27,3 +27,11 @@ class InvalidRequestError(OctavoError):
 
 class EngineDeadError(OctavoError):
     """The engine's loop has failed: nothing can be served any more (HTTP 500, and `/health` fails)."""
+
+
+class RequestTimeoutError(OctavoError):
+    """A request's time was up before it was complete: HTTP 408, or 503 where it was still waiting to begin."""
+
+    def __init__(self, message: str, *, queued: bool) -> None:
+        super().__init__(message)
+        self.queued = queued

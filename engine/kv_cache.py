@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
+from scheduler.batch import Move, Transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,27 +19,47 @@ class LayerCache:
 
 
 class KVCache:
-    """All layers' blocks. The memory is touched as blocks are first written, so an unused part of it costs nothing."""
+    """All layers' blocks, on the device and in the host tier behind it.
+
+    The memory is touched as blocks are first written, so an unused part of it costs nothing. What the host holds for a
+    GPU is pinned, which is touched at once.
+    """
 
     def __init__(
-        self, config: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_host_blocks: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        shape = (2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        storage = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.layers = tuple(LayerCache(layer[0], layer[1]) for layer in storage)
-        self._storage = storage
+        block = (config.num_kv_heads, block_size, config.head_dim)
+        layers, pinned = range(config.num_layers), device.type == "cuda" and num_host_blocks > 0
+        self._device = [torch.empty((2, num_blocks, *block), dtype=dtype, device=device) for _ in layers]
+        self._host = [torch.empty((2, num_host_blocks, *block), dtype=dtype, pin_memory=pinned) for _ in layers]
+        self.layers = tuple(LayerCache(layer[0], layer[1]) for layer in self._device)
 
     @staticmethod
     def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
         """Bytes of one block over all layers."""
         return config.kv_values_per_token * block_size * dtype.itemsize
 
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (source, destination); all sources are read before any destination is written."""
-        if not pairs:
-            return
-        sources, destinations = torch.tensor(pairs, device=self._storage[0].device).unbind(1)
-        for layer in self._storage:
-            layer[:, destinations] = layer[:, sources]
+    def transfer(self, transfers: Transfers) -> None:
+        """Move blocks to the host, back from it, and on the device, in this order."""
+        _move(self._device, self._host, transfers.out)
+        _move(self._host, self._device, transfers.back)
+        _move(self._device, self._device, transfers.copies)
+
+
+def _move(origin: Sequence[Tensor], target: Sequence[Tensor], moves: Sequence[Move]) -> None:
+    """Copy blocks in every layer; all sources are read before any destination is written."""
+    if not moves:
+        return
+    sources, destinations = torch.tensor(moves).unbind(1)
+    sources, destinations = sources.to(origin[0].device), destinations.to(target[0].device)
+    for layer, to in zip(origin, target, strict=True):
+        to[:, destinations] = layer[:, sources].to(to.device)

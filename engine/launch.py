@@ -23,7 +23,9 @@ from engine.models.registry import model_config
 from engine.observer import EngineObserver
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from kernels import ops
+from scheduler.batching import Batching
 from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.waiting_queue import Order
 
 _SAMPLING_DEFAULTS: Final[Mapping[str, tuple[Any, float, float]]] = {
     "temperature": (int | float, 0, 100),
@@ -85,21 +87,18 @@ def assemble(config: EngineConfig, loaded: LoadedModel, observer: EngineObserver
     plan = plan_memory(config, model, dtype, loaded.device)
     try:
         cache = KVCache(
-            model, num_blocks=plan.num_blocks, block_size=config.block_size, dtype=dtype, device=loaded.device
+            model,
+            num_blocks=plan.num_blocks,
+            num_host_blocks=plan.num_host_blocks,
+            block_size=config.block_size,
+            dtype=dtype,
+            device=loaded.device,
         )
     except RuntimeError as error:  # torch's word for "out of memory"
         raise ConfigError(
             f"a KV cache of {plan.num_blocks} blocks cannot be allocated: {error}".splitlines()[0]
         ) from None
-    scheduler = Scheduler(
-        SchedulerConfig(
-            num_blocks=plan.num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            prefix_caching=config.prefix_caching,
-        )
-    )
+    scheduler = Scheduler(scheduler_config(config, plan))
     return AsyncEngine(
         config,
         _info(config, loaded, plan),
@@ -109,6 +108,25 @@ def assemble(config: EngineConfig, loaded: LoadedModel, observer: EngineObserver
         default_sampling=default_sampling(loaded.checkpoint.generation_config),
         observer=observer,
     )
+
+
+def scheduler_config(config: EngineConfig, plan: MemoryPlan) -> SchedulerConfig:
+    """The scheduler's limits and rules. Raises ConfigError for those that contradict each other."""
+    try:
+        return SchedulerConfig(
+            num_blocks=plan.num_blocks,
+            num_host_blocks=plan.num_host_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            prefix_caching=config.prefix_caching,
+            preemption=config.preemption,
+            batching=Batching(mode=config.batching, size=config.batch_size, delay=config.batch_delay),
+            order=Order(policy=config.scheduling, ageing=config.ageing),
+            queue_timeout=config.queue_timeout,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _info(config: EngineConfig, loaded: LoadedModel, plan: MemoryPlan) -> EngineInfo:

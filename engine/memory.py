@@ -16,9 +16,10 @@ _SHARE_OF_FREE_GPU_MEMORY = 0.9
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The KV cache's size, and the longest sequence that the engine accepts."""
+    """The KV cache's size, that of the host tier behind it, and the longest sequence that the engine accepts."""
 
     num_blocks: int
+    num_host_blocks: int
     max_model_len: int
 
 
@@ -45,7 +46,17 @@ def plan_memory(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, de
             f"the KV cache has room for {capacity} tokens, too few for {wanted}: "
             f"--kv-cache-memory must be at least {-(-needed // 1024)}KiB"
         )
-    return MemoryPlan(num_blocks, min(wanted_len, capacity))
+    return MemoryPlan(num_blocks, _host_blocks(config, block_bytes), min(wanted_len, capacity))
+
+
+def _host_blocks(config: EngineConfig, block_bytes: int) -> int:
+    if config.swap_memory is None:
+        if config.preemption == "swap":
+            raise ConfigError("--preemption swap needs --swap-memory")
+        return 0
+    if config.swap_memory < block_bytes:
+        raise ConfigError(f"--swap-memory has no room for one block: it must be at least {-(-block_bytes // 1024)}KiB")
+    return config.swap_memory // block_bytes
 
 
 def _free_memory(device: torch.device) -> int:

@@ -23,7 +23,9 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch, rows: Sequence[SampleRow]) -> list[list[Sample]]:
         """Compute one step. ``rows`` holds each item's ``num_samples`` rows in turn; so does, by item, the answer."""
-        self.cache.copy_blocks(batch.copies)
+        self.cache.transfer(batch.transfers)
+        if not batch.items:
+            return []
         forward = ForwardBatch.build(batch.items, self.cache.block_size, self._device)
         logits = self.model(forward, self.cache)
         if len(rows) > len(logits):  # a prompt forks: each continuation draws from the same logits

@@ -1,15 +1,20 @@
-"""What the scheduler hands to the engine for one step: plain data, a snapshot that later decisions do not change."""
+"""What the scheduler hands to the engine for one step: plain data, a snapshot that later decisions do not change.
+
+Tuples, since one is made per sequence and step: a frozen dataclass takes three times as long to make.
+"""
 
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.request import Sequence
 
+Move = tuple[int, int]
+"""A block's content goes from the first to the second."""
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+
+class ScheduledSequence(NamedTuple):
     """One sequence's share of a step."""
 
     sequence: Sequence
@@ -24,22 +29,33 @@ class ScheduledSequence:
     """Tokens to sample after the last position: 0 inside a prompt, ``n`` where a prompt ends and forks, else 1."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledBatch:
-    """One step. ``copies`` come first: all sources are read before any destination is written."""
+class Transfers(NamedTuple):
+    """Blocks to move before a step computes: all of ``out``, then all of ``back``, then all ``copies``.
+
+    Within each group all sources are read before any destination is written.
+    """
+
+    out: tuple[Move, ...] = ()
+    """(device block, host block)."""
+    back: tuple[Move, ...] = ()
+    """(host block, device block)."""
+    copies: tuple[Move, ...] = ()
+    """(device block, device block), of each copy-on-write."""
+
+
+class ScheduledBatch(NamedTuple):
+    """One step."""
 
     items: tuple[ScheduledSequence, ...]
-    copies: tuple[tuple[int, int], ...]
-    """(source block, destination block) of each copy-on-write."""
+    transfers: Transfers
     num_tokens: int
     num_preempted: int
 
     def __bool__(self) -> bool:
-        return bool(self.items)
+        return bool(self.items) or any(self.transfers)
 
 
-@dataclass(frozen=True, slots=True)
-class Appended:
+class Appended(NamedTuple):
     """That a sampled token was appended; ``sequence.finish_reason`` says whether it was the last one."""
 
     sequence: Sequence

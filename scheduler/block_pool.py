@@ -8,6 +8,7 @@ cache follows vLLM's v1 core.)
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 
 from scheduler.prefix_index import PrefixIndex
 
@@ -40,6 +41,10 @@ class BlockPool:
     def ref_count(self, block: int) -> int:
         """How many tables hold ``block``."""
         return self._refs[block]
+
+    def next_free(self, count: int) -> list[int]:
+        """The ``count`` blocks that `allocate` would hand out, in that order."""
+        return list(islice(self._free, count))
 
     def allocate(self, count: int) -> list[int]:
         """Take the ``count`` blocks released longest ago, one reference each; their content is forgotten."""

@@ -7,7 +7,6 @@ same KV by construction; Python's ``hash()`` is never used, since its collisions
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from hashlib import sha256
 
 
@@ -36,15 +35,9 @@ class PrefixIndex:
         """The block that holds the tokens of ``key``."""
         return self._block_of.get(key)
 
-    def find_prefix(self, keys: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest known run of ``keys`` from the first one on."""
-        blocks: list[int] = []
-        for key in keys:
-            block = self._block_of.get(key)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+    def key_of(self, block: int) -> bytes | None:
+        """The key of the tokens that ``block`` holds, if they are known."""
+        return self._key_of.get(block)
 
     def add(self, key: bytes, block: int) -> None:
         """Make ``block`` the holder of ``key``; the first holder stays if there is one already."""

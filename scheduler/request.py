@@ -10,8 +10,11 @@ from typing import Literal
 
 from scheduler.prefix_index import block_key, root_key
 
-FinishReason = Literal["stop", "length", "abort", "error"]
-"""OpenAI's two, and two of our own: the client is gone, or the engine failed."""
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+"""OpenAI's two, and three of our own: the client is gone, the time is up, or the engine failed."""
+
+Rank = tuple[float, int]
+"""Where a request stands in the order of service; lower goes first, and no two are equal."""
 
 
 class Status(Enum):
@@ -38,7 +41,12 @@ class StopRule:
 
 
 class Request:
-    """A prompt and its ``n`` continuations. The prompt is computed once; the continuations fork from it."""
+    """A prompt and its continuations, which fork from it once it is computed: ``n`` of them, or the beams of a search.
+
+    ``priority`` and ``tenant`` say who is served first (`Order`); at ``deadline``, in the seconds of `Scheduler.add`'s
+    clock, whatever is unfinished ends. A beam search keeps ``beam_width`` sequences, and is told by
+    `Scheduler.advance` which of them go on.
+    """
 
     def __init__(
         self,
@@ -47,25 +55,40 @@ class Request:
         stop: StopRule,
         *,
         n: int = 1,
+        beam_width: int | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        deadline: float | None = None,
     ) -> None:
         tokens = array("i", prompt)
         if not tokens:
             raise ValueError("a prompt has at least one token")
-        if n < 1 or stop.max_tokens < 1:
-            raise ValueError("n and max_tokens are at least 1")
+        if n < 1 or stop.max_tokens < 1 or (beam_width is not None and beam_width < 1):
+            raise ValueError("n, the beam width and max_tokens are at least 1")
         self.request_id = request_id
         self.stop = stop
         self.n = n
+        self.beam_width = beam_width
+        self.num_places = beam_width or n
+        """How many sequences run at a time once the prompt is computed."""
+        self.priority = priority
+        self.tenant = tenant
+        self.deadline = deadline
+        self.arrival = 0.0
+        self.rank: Rank = (0.0, 0)
         self.num_prompt_tokens = len(tokens)
         self.cached_tokens: int | None = None
-        """Prompt tokens whose KV the prefix cache held when the request was first admitted; None until then."""
+        """Prompt tokens whose KV a cache held when the request was first admitted; None until then."""
         self.sequences = [Sequence(self, 0, tokens, root_key(cache_salt))]
+        """The continuations so far; of a beam search, those that live."""
+        self.num_forked = 1
+        """Sequences made so far."""
 
     @property
     def forked(self) -> bool:
-        """Whether all continuations exist already."""
-        return len(self.sequences) == self.n
+        """Whether the prompt is computed and all continuations exist."""
+        return self.num_forked >= self.num_places
 
     @property
     def finished(self) -> bool:
@@ -90,8 +113,10 @@ class Sequence:
         "_root",
         "block_table",
         "finish_reason",
+        "host_table",
         "index",
         "num_computed_tokens",
+        "parked",
         "request",
         "status",
         "tokens",
@@ -103,10 +128,19 @@ class Sequence:
         self.tokens = tokens
         self.num_computed_tokens = 0
         self.block_table: array[int] = array("i")
+        self.host_table: array[int] = array("i")
+        """Where its KV is while it is swapped out: then it has no ``block_table``, and its computed tokens count."""
         self.status = Status.WAITING
+        self.parked = False
+        """Whether it is a beam that waits for the others, with nothing to compute until they are as far."""
         self.finish_reason: FinishReason | None = None
         self._root = root
         self._keys: list[bytes] = []
+
+    @property
+    def rank(self) -> tuple[Rank, int]:
+        """Where it stands among all sequences; lower runs first, and is preempted last."""
+        return (self.request.rank, self.index)
 
     @property
     def num_tokens(self) -> int:
@@ -131,12 +165,10 @@ class Sequence:
             keys.append(block_key(keys[-1] if keys else self._root, self.tokens[start : start + block_size]))
         return keys[:count]
 
-    def fork(self, index: int) -> Sequence:
-        """A continuation with the same past. The caller shares the blocks."""
-        child = Sequence(self.request, index, self.tokens[:], self._root)
-        child.num_computed_tokens = self.num_computed_tokens
-        child.block_table = self.block_table[:]
+    def fork(self) -> Sequence:
+        """A continuation with the same past, but no blocks."""
+        child = Sequence(self.request, self.request.num_forked, self.tokens[:], self._root)
         child._keys = self._keys[:]
-        child.status = self.status
+        self.request.num_forked += 1
         self.request.sequences.append(child)
         return child

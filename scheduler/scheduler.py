@@ -1,30 +1,48 @@
 """Continuous batching by one rule: each step, computed tokens catch up with tokens, under a budget.
 
-Running sequences come first, in order of admission; what is left of the budget admits waiting ones, first come, first
-served. When blocks run out, the sequence admitted last gives its blocks back and waits to be computed again.
+Running sequences come first, in the order of service; what is left of the budget admits those that had to give their
+blocks back, and then waiting requests. When blocks run out, the sequence that is last in the order goes, and waits.
 (Iteration-level scheduling: Orca, Yu et al. 2022, §3; chunked prefill: Sarathi-Serve, Agrawal et al. 2024, §4;
-recomputation: PagedAttention, Kwon et al. 2023, §4.5.)
+preemption by recomputation and by swapping: PagedAttention, Kwon et al. 2023, §4.5.)
 """
 
-from collections import OrderedDict
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from typing import Literal
 
 from scheduler.batch import Appended, ScheduledBatch, ScheduledSequence
+from scheduler.batching import Batching
 from scheduler.block_pool import BlockPool
-from scheduler.request import FinishReason, Request, Sequence, Status
+from scheduler.kv_memory import KVMemory
+from scheduler.request import FinishReason, Rank, Request, Sequence, Status
+from scheduler.waiting_queue import Order, WaitingQueue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """The limits of a step and of the memory."""
+    """The limits of a step and of the memory, and who goes first."""
 
     num_blocks: int
+    num_host_blocks: int = 0
     block_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     prefix_caching: bool = True
+    preemption: Literal["auto", "recompute", "swap"] = "auto"
+    """What becomes of a preempted sequence's KV; `auto` and `swap` recompute what the host has no room for."""
+    batching: Batching = field(default_factory=Batching)
+    order: Order = field(default_factory=Order)
+    queue_timeout: float | None = None
+    """Seconds that a request waits for its first step, at most."""
+
+    def __post_init__(self) -> None:
+        if self.preemption == "swap" and not self.num_host_blocks:
+            raise ValueError("preemption by swapping needs host blocks")
+        if self.batching.mode in ("static", "dynamic") and self.batching.size > self.max_num_seqs:
+            raise ValueError(f"batches of {self.batching.size} need as many places, not {self.max_num_seqs}")
 
     @property
     def num_slots(self) -> int:
@@ -39,19 +57,45 @@ class SchedulerCounters:
     preemptions: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
+    blocks_swapped_out: int = 0
+    blocks_swapped_in: int = 0
 
 
 class Scheduler:
-    """Decides each step. Knows integers only: the same calls in the same order give the same decisions."""
+    """Decides each step. Knows numbers only: the same calls in the same order give the same decisions.
+
+    Times are seconds of whatever clock the caller has, and never run backwards.
+    """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.pool = BlockPool(config.num_blocks)
         self.counters = SchedulerCounters()
-        self._waiting: OrderedDict[Sequence, None] = OrderedDict()
-        self._running: OrderedDict[Sequence, None] = OrderedDict()
+        self._memory = KVMemory(
+            config.num_blocks,
+            config.block_size,
+            num_host_blocks=config.num_host_blocks,
+            prefix_caching=config.prefix_caching,
+        )
+        self._queue = WaitingQueue(config.order)
+        self._charging = config.order.policy == "fair"
+        self._running: list[Sequence] = []  # in order of rank, as the next
+        self._returning: list[Sequence] = []  # that were preempted
+        self._begun: set[Request] = set()  # that were admitted and have not ended
+        self._open_places = 0  # of the batch that is being admitted
+        self._deadlines: list[tuple[float, Rank, Request]] = []
+        self._serial = 0
 
     # what others ask
+
+    @property
+    def pool(self) -> BlockPool:
+        """The device's blocks."""
+        return self._memory.device
+
+    @property
+    def host_pool(self) -> BlockPool | None:
+        """The host tier's blocks."""
+        return self._memory.host
 
     @property
     def num_running(self) -> int:
@@ -60,225 +104,293 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that hold nothing yet, or nothing any more."""
-        return len(self._waiting)
+        """Requests that have not run yet, and sequences that wait to run again."""
+        return len(self._queue) + len(self._returning)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens of the requests that have not run yet."""
+        return self._queue.num_tokens
 
     @property
     def has_work(self) -> bool:
-        """Whether another step has something to do."""
-        return bool(self._running or self._waiting)
+        """Whether any request is unfinished."""
+        return bool(self._begun or self._queue)
 
-    def refusal(self, num_tokens: int, n: int) -> str | None:
-        """Why a request that may grow to ``num_tokens`` with ``n`` continuations can never run; None if it can."""
+    def next_event(self) -> float | None:
+        """When something becomes due though nothing else happens: a delayed batch, or the end of somebody's time."""
+        times = [self._deadlines[0][0]] if self._deadlines else []
+        oldest = self._queue.oldest
+        if oldest is not None:
+            if self.config.queue_timeout is not None:
+                times.append(oldest.arrival + self.config.queue_timeout)
+            if self.config.batching.mode == "dynamic" and not self._begun:
+                times.append(oldest.arrival + self.config.batching.delay)
+        return min(times, default=None)
+
+    def refusal(self, num_tokens: int, num_places: int) -> str | None:
+        """Why a request that may grow to ``num_tokens`` in ``num_places`` sequences can never run; None if it can."""
         if num_tokens > self.config.num_slots:
             slots = self.config.num_slots
             return f"the request may need {num_tokens} tokens of KV cache, but the cache holds {slots} in all"
-        if n > self.config.max_num_seqs:
-            return f"n = {n} is more than the {self.config.max_num_seqs} sequences that run at a time"
+        if num_places > self.config.max_num_seqs:
+            return f"{num_places} sequences are more than the {self.config.max_num_seqs} that run at a time"
         return None
 
-    def add(self, request: Request) -> None:
+    def check(self) -> None:
+        """Raise AssertionError unless free + used = total and every reference is owned by a live sequence's table."""
+        live = [sequence for request in self._begun for sequence in request.sequences]
+        self._memory.check(sequence for sequence in live if sequence.status is not Status.FINISHED)
+        for sequences in (self._running, self._returning):
+            assert sequences == sorted(sequences, key=_rank), "out of order"
+            assert all(sequence.request in self._begun for sequence in sequences)
+
+    # a request's way in and out
+
+    def add(self, request: Request, now: float = 0.0) -> None:
         """Queue a request. Raises ValueError if it can never run."""
-        reason = self.refusal(request.max_num_tokens, request.n)
+        reason = self.refusal(request.max_num_tokens, request.num_places)
         if reason is not None:
             raise ValueError(reason)
-        self._waiting[request.sequences[0]] = None
+        self._serial += 1
+        request.arrival = now
+        request.rank = self.config.order.rank(request, self._serial)
+        self._queue.add(request)
+        if request.deadline is not None:
+            if len(self._deadlines) > 64 + 2 * (len(self._queue) + len(self._begun)):
+                self._deadlines = [entry for entry in self._deadlines if not entry[2].finished]
+                heapify(self._deadlines)
+            heappush(self._deadlines, (request.deadline, request.rank, request))
 
     def abort(self, request: Request) -> None:
         """End every sequence of ``request`` now, whatever it is doing; what is ended already stays as it is."""
-        for sequence in request.sequences:
-            self.finish(sequence, "abort")
+        self._end(request, "abort")
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End one sequence and free its blocks. Nothing happens if it has ended already."""
         if sequence.status is Status.FINISHED:
             return
-        self._running.pop(sequence, None)
-        self._waiting.pop(sequence, None)
-        self._free_blocks(sequence)
+        if sequence.status is Status.RUNNING:
+            _remove(self._running, sequence)
+        else:
+            _remove(self._returning, sequence)
+        self._memory.free(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
+        if sequence.request.finished:
+            self._begun.discard(sequence.request)
+            self._queue.remove(sequence.request)
 
-    def check(self) -> None:
-        """Raise AssertionError unless free + used = total and every reference is owned by a live sequence's table."""
-        live = [*self._running, *self._waiting]
-        self.pool.check(sequence.block_table for sequence in live)
-        size = self.config.block_size
-        for sequence in live:
-            assert len(sequence.block_table) * size >= sequence.num_computed_tokens, "computed tokens without a block"
-            assert sequence.num_computed_tokens <= sequence.num_tokens, "more tokens computed than there are"
+    def expire(self, now: float) -> list[Request]:
+        """End the requests whose deadline or whose time in the queue is up, and say which those are."""
+        expired: list[Request] = []
+        for request in self._due(now):
+            if not request.finished:
+                self._end(request, "timeout")
+                expired.append(request)
+        return expired
+
+    def _due(self, now: float) -> Iterator[Request]:
+        """Requests whose time is up, some of which may have ended; each is ended before the next is asked for."""
+        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].finished):
+            yield heappop(self._deadlines)[2]
+        timeout = self.config.queue_timeout
+        while timeout is not None and (oldest := self._queue.oldest) and oldest.arrival + timeout <= now:
+            yield oldest
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        for sequence in tuple(request.sequences):
+            self.finish(sequence, reason)
 
     # a step
 
-    def schedule(self) -> ScheduledBatch:
-        """Choose what the next step computes, and take the blocks that it needs."""
+    def schedule(self, now: float = 0.0) -> ScheduledBatch:
+        """Choose what the next step computes, and take the blocks that it needs. Empty if all there is has to wait."""
         items: list[ScheduledSequence] = []
-        copies: list[tuple[int, int]] = []
-        budget = self.config.max_num_batched_tokens
         preempted = self.counters.preemptions
-        for sequence, num_after in self._each_running():
-            if budget == 0:
-                break
-            # Each sequence behind this one keeps a token of the budget: a long prompt does not stall their streams.
-            num_tokens = min(sequence.num_uncomputed_tokens, max(budget - num_after, 1))
-            if not self._make_room(sequence, num_tokens):
-                break
-            items.append(self._take(sequence, num_tokens, copies))
-            budget -= num_tokens
-        preempted = self.counters.preemptions - preempted
-        if not preempted:
-            self._admit(budget, items, copies)
-        num_scheduled = sum(len(item.tokens) for item in items)
-        return ScheduledBatch(tuple(items), tuple(copies), num_scheduled, preempted)
+        budget = self._continue(items)
+        if self.counters.preemptions == preempted:
+            self._admit(budget, items, now)
+        while not items and self._returning and self._running:
+            # All that run are beams which wait for others, and those find no room: the last in order makes some.
+            self._preempt(self._running[-1])
+            self._admit(self.config.max_num_batched_tokens, items, now)
+        transfers = self._memory.take_transfers()
+        self.counters.blocks_swapped_out += len(transfers.out)
+        self.counters.blocks_swapped_in += len(transfers.back)
+        num_tokens = sum([len(item.tokens) for item in items])
+        return ScheduledBatch(tuple(items), transfers, num_tokens, self.counters.preemptions - preempted)
 
     def update(self, batch: ScheduledBatch, sampled: Iterable[Seq[int]]) -> list[Appended]:
-        """Record a finished step: ``sampled[i]`` holds the ``num_samples`` tokens of ``batch.items[i]``."""
+        """Record a finished step: ``sampled[i]`` holds the ``num_samples`` tokens of ``batch.items[i]``.
+
+        What is sampled for a beam is not looked at: `advance` says how its search goes on.
+        """
         appended: list[Appended] = []
         for index, (item, tokens) in enumerate(zip(batch.items, sampled, strict=True)):
+            sequence = item.sequence
+            if sequence.status is Status.FINISHED:  # aborted while the step ran
+                continue
+            sequence.num_computed_tokens += len(item.tokens)
+            if sequence.request.beam_width is not None:
+                sequence.parked = item.num_samples > 0
+                continue
             if len(tokens) != item.num_samples:
                 raise ValueError(f"{item.num_samples} tokens were to be sampled, {len(tokens)} came")
-            if item.sequence.status is Status.FINISHED:  # aborted while the step ran
-                continue
-            item.sequence.num_computed_tokens += len(item.tokens)
-            branches = [item.sequence, *(self._fork(item.sequence) for _ in tokens[1:])]
+            forks = [self._fork(sequence) for _ in tokens[1:]] if len(tokens) > 1 else []
             for number, token in enumerate(tokens):
-                self._append(branches[number], token)
-                appended.append(Appended(branches[number], index, number))
+                branch = forks[number - 1] if number else sequence
+                self._append(branch, token)
+                appended.append(Appended(branch, index, number))
         return appended
+
+    def advance(self, request: Request, extensions: Seq[tuple[Sequence, int]]) -> list[Sequence]:
+        """Take the next step of a beam search: each (parent, token) goes on, parents that are not named have ended.
+
+        Returns the sequences that carry the extensions on, in the same order; a parent's first extension keeps the
+        parent, its others fork from it. All beams must be parked.
+        """
+        chosen = [parent for parent, _ in extensions]
+        for sequence in request.sequences:
+            if sequence not in chosen:
+                self.finish(sequence, "abort")
+        request.sequences = [sequence for sequence in request.sequences if sequence in chosen]
+        seen: set[Sequence] = set()
+        beams: list[Sequence] = []
+        for parent in chosen:
+            beams.append(self._fork(parent) if parent in seen else parent)
+            seen.add(parent)
+        for beam, (_, token) in zip(beams, extensions, strict=True):
+            beam.parked = False
+            beam.tokens.append(token)
+            if beam.status is Status.WAITING:
+                insort(self._returning, beam, key=_rank)
+        return beams
 
     # the parts of a step
 
-    def _each_running(self) -> Iterator[tuple[Sequence, int]]:
-        """Running sequences in order of admission, each with how many come after it; ends where preemption has cut."""
-        for position, sequence in enumerate(tuple(self._running)):
-            if sequence.status is not Status.RUNNING:
-                return
-            yield sequence, len(self._running) - position - 1
+    def _continue(self, items: list[ScheduledSequence]) -> int:
+        """Let running sequences go on, in order; returns what is left of the budget."""
+        budget = self.config.max_num_batched_tokens
+        num_after = len(self._running)
+        for sequence in tuple(self._running):
+            num_after -= 1
+            if budget == 0 or sequence.status is not Status.RUNNING:  # preempted, and so are all behind it
+                break
+            missing = len(sequence.tokens) - sequence.num_computed_tokens
+            if missing == 0:
+                continue
+            # Each sequence behind this one keeps a token of the budget: a long prompt does not stall their streams.
+            num_tokens = min(missing, max(budget - num_after, 1))
+            if not self._make_room(sequence, num_tokens):
+                break
+            items.append(self._take(sequence, num_tokens))
+            budget -= num_tokens
+        return budget
 
-    def _admit(self, budget: int, items: list[ScheduledSequence], copies: list[tuple[int, int]]) -> None:
-        """Move waiting sequences, first come first served, into the step while budget, places and blocks last."""
-        places = self.config.max_num_seqs - sum(map(_places, self._running))
-        while self._waiting and budget > 0:
-            sequence = next(iter(self._waiting))
+    def _admit(self, budget: int, items: list[ScheduledSequence], now: float) -> None:
+        """Move waiting sequences into the step while budget, places and blocks last; those that ran before first."""
+        if budget == 0 or not (self._returning or self._queue):
+            return
+        places = self.config.max_num_seqs - sum([_places(sequence) for sequence in self._running])
+        promised = sum([self._memory.missing_blocks(sequence) for sequence in self._running if not sequence.parked])
+        while budget > 0 and (sequence := self._next(now)) is not None:
             places -= _places(sequence)
-            if places < 0 or not self._enter(sequence):
+            if places < 0 or not self._memory.enter(sequence, promised):
                 return
+            self._begin(sequence)
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            items.append(self._take(sequence, num_tokens, copies))
+            items.append(self._take(sequence, num_tokens))
+            promised += self._memory.missing_blocks(sequence)
             budget -= num_tokens
 
-    def _enter(self, sequence: Sequence) -> bool:
-        """Let a waiting sequence run, on top of what the prefix cache holds of it, if all its tokens find a block."""
-        size = self.config.block_size
-        # The last token is always computed, since its logits are wanted: it never comes from the cache.
-        hits = self._cached_blocks(sequence, (sequence.num_tokens - 1) // size)
-        num_free = self.pool.num_free - sum(self.pool.ref_count(block) == 0 for block in hits)
-        if _ceil_div(sequence.num_tokens, size) - len(hits) > num_free:
-            return False
-        self.pool.share(hits)
-        sequence.block_table.extend(hits)
-        sequence.num_computed_tokens = len(hits) * size
-        sequence.status = Status.RUNNING
-        del self._waiting[sequence]
-        self._running[sequence] = None
-        if sequence.request.cached_tokens is None:
-            sequence.request.cached_tokens = sequence.num_computed_tokens
-            self.counters.prefix_queried_tokens += sequence.num_tokens
-            self.counters.prefix_hit_tokens += sequence.num_computed_tokens
-        return True
+    def _next(self, now: float) -> Sequence | None:
+        """Who may enter next."""
+        if self._returning:
+            return self._returning[0]
+        head = self._queue.head()
+        if head is None:
+            return None
+        batching = self.config.batching
+        if batching.refills or not self._begun:
+            oldest = self._queue.oldest
+            assert oldest is not None
+            self._open_places = batching.places(len(self._queue), now - oldest.arrival)
+        return head.sequences[0] if self._open_places > 0 else None
 
-    def _cached_blocks(self, sequence: Sequence, count: int) -> list[int]:
-        """The cached blocks that hold the sequence's longest known prefix of at most ``count`` blocks."""
-        if not self.config.prefix_caching:
-            return []
-        return self.pool.index.find_prefix(sequence.block_keys(count, self.config.block_size))
+    def _begin(self, sequence: Sequence) -> None:
+        """A sequence that has entered the memory runs from now on."""
+        request = sequence.request
+        sequence.status = Status.RUNNING
+        insort(self._running, sequence, key=_rank)
+        if self._returning and self._returning[0] is sequence:
+            del self._returning[0]
+            return
+        self._queue.admit(request)
+        self._begun.add(request)
+        self._open_places -= 1
+        request.cached_tokens = sequence.num_computed_tokens
+        self.counters.prefix_queried_tokens += sequence.num_tokens
+        self.counters.prefix_hit_tokens += sequence.num_computed_tokens
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Preempt from the back until ``num_tokens`` more fit; False if the sequence itself had to go."""
-        while self._blocks_needed(sequence, num_tokens) > self.pool.num_free:
-            victim = next(reversed(self._running))
+        while self._memory.blocks_needed(sequence, num_tokens) > self._memory.device.num_free:
+            victim = self._running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
-    def _blocks_needed(self, sequence: Sequence, num_tokens: int) -> int:
-        end = sequence.num_computed_tokens + num_tokens
-        new = _ceil_div(end, self.config.block_size) - len(sequence.block_table)
-        return new + (self._shared_block(sequence) is not None)
-
-    def _shared_block(self, sequence: Sequence) -> int | None:
-        """The index in the table of the block that the next token would write to, if others hold it too."""
-        index = sequence.num_computed_tokens // self.config.block_size
-        table = sequence.block_table
-        return index if index < len(table) and self.pool.ref_count(table[index]) > 1 else None
-
-    def _take(self, sequence: Sequence, num_tokens: int, copies: list[tuple[int, int]]) -> ScheduledSequence:
-        """Give the sequence the blocks of its next ``num_tokens`` tokens; room has been made."""
-        start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
-        shared = self._shared_block(sequence)
-        if shared is not None:  # copy-on-write
-            (block,) = self.pool.allocate(1)
-            copies.append((sequence.block_table[shared], block))
-            self.pool.release([sequence.block_table[shared]])
-            sequence.block_table[shared] = block
-        missing = _ceil_div(end, self.config.block_size) - len(sequence.block_table)
-        sequence.block_table.extend(self.pool.allocate(missing))
-        self._publish(sequence, start, end)
-        complete = end == sequence.num_tokens
-        return ScheduledSequence(
-            sequence=sequence,
-            start=start,
-            tokens=sequence.tokens[start:end],
-            block_table=sequence.block_table[:],
-            num_samples=_places(sequence) if complete else 0,
-        )
-
-    def _publish(self, sequence: Sequence, start: int, end: int) -> None:
-        """Enter the blocks that this step fills into the prefix index.
-
-        That is done before they are computed: within a layer all KV is written before any is read, so a sequence
-        admitted later in the same step may share them already.
-        """
-        first, last = start // self.config.block_size, end // self.config.block_size
-        if first == last or not self.config.prefix_caching:
-            return
-        keys = sequence.block_keys(last, self.config.block_size)
-        for index in range(first, last):
-            self.pool.index.add(keys[index], sequence.block_table[index])
+    def _take(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+        """The sequence's share of the step: its next ``num_tokens`` tokens, for which room has been made."""
+        self._memory.grow(sequence, num_tokens)
+        if self._charging:
+            self._queue.charge(sequence.request, num_tokens)
+        start = sequence.num_computed_tokens
+        end = start + num_tokens
+        num_samples = 0 if end < len(sequence.tokens) else 1 if sequence.request.beam_width else _places(sequence)
+        return ScheduledSequence(sequence, start, sequence.tokens[start:end], sequence.block_table[:], num_samples)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take the blocks back; the sequence waits, before all others, to be computed again."""
-        del self._running[sequence]
-        self._free_blocks(sequence)
-        sequence.num_computed_tokens = 0
+        """Take the blocks back; the sequence waits, before all that have not run yet, to go on or to be recomputed."""
+        self._running.pop()
+        if self.config.preemption == "recompute" or not self._memory.swap_out(sequence):
+            self._memory.free(sequence)
         sequence.status = Status.WAITING
-        self._waiting[sequence] = None
-        self._waiting.move_to_end(sequence, last=False)
+        if not sequence.parked:
+            insort(self._returning, sequence, key=_rank)
         self.counters.preemptions += 1
 
-    def _free_blocks(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.block_table)
-        del sequence.block_table[:]
-
-    def _fork(self, sequence: Sequence) -> Sequence:
-        """One more continuation of the same request, sharing every block so far."""
-        child = sequence.fork(len(sequence.request.sequences))
-        self.pool.share(child.block_table)
-        self._running[child] = None
+    def _fork(self, parent: Sequence) -> Sequence:
+        """One more continuation, sharing every block so far; where it has no place it waits, and holds nothing."""
+        child = parent.fork()
+        if parent.status is Status.RUNNING and len(self._running) < self.config.max_num_seqs:
+            self._memory.fork(parent, child)
+            child.status = Status.RUNNING
+            insort(self._running, child, key=_rank)
         return child
 
     def _append(self, sequence: Sequence, token: int) -> None:
-        sequence.tokens.append(token)
-        reason = sequence.request.stop.finish_reason(sequence.num_output_tokens, token)
+        tokens, request = sequence.tokens, sequence.request
+        tokens.append(token)
+        reason = request.stop.finish_reason(len(tokens) - request.num_prompt_tokens, token)
         if reason is not None:
             self.finish(sequence, reason)
 
 
+def _rank(sequence: Sequence) -> tuple[Rank, int]:
+    return sequence.rank
+
+
+def _remove(ordered: list[Sequence], sequence: Sequence) -> None:
+    """Take a sequence out of a list in order of rank, if it is in."""
+    index = bisect_left(ordered, sequence.rank, key=_rank)
+    if index < len(ordered) and ordered[index] is sequence:
+        del ordered[index]
+
+
 def _places(sequence: Sequence) -> int:
-    """How many running sequences this one is about to be: ``n`` until its prompt is computed and it forks, then one."""
-    return 1 if sequence.request.forked else sequence.request.n
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+    """How many running sequences this one is about to be: all its request's until it forks, then one."""
+    request = sequence.request
+    return 1 if request.num_forked >= request.num_places else request.num_places

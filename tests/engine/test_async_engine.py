@@ -11,7 +11,7 @@ import pytest
 from engine import async_engine
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, InvalidRequestError
+from engine.errors import EngineDeadError, InvalidRequestError, RequestTimeoutError
 from engine.launch import LoadedModel, assemble
 from engine.model_runner import ModelRunner
 from engine.observer import EngineObserver, RequestRecord
@@ -19,6 +19,8 @@ from engine.sampling_params import SamplingParams
 from tests.engine.driving import GREEDY, ask, ask_all, generate
 
 _PROMPTS = [[5 + i % 7 + j for j in range(3 + 4 * i)] for i in range(12)]
+_SMALL = 9 * 16 * 3 * 2 * 2 * 16 * 4
+"""Bytes of a KV cache of nine blocks."""
 _SAMPLED = SamplingParams(temperature=1.0, max_tokens=12, seed=4, ignore_eos=True)
 
 
@@ -41,6 +43,37 @@ def _is_idle(engine: AsyncEngine) -> bool:
     return (stats.num_running, stats.num_waiting, stats.used_blocks, stats.kv_usage) == (0, 0, 0, 0.0)
 
 
+async def test_a_prefix_that_the_device_has_forgotten_comes_back_from_the_host(tiny: LoadedModel) -> None:
+    async with _Running(tiny, kv_cache_memory=_SMALL, swap_memory=8 * _SMALL) as engine:
+        first = await ask(engine, _PROMPTS[-1], GREEDY)
+        await ask_all(engine, _PROMPTS[:-1], GREEDY)
+        again = await ask(engine, _PROMPTS[-1], GREEDY)
+        assert (first.cached_tokens, again.cached_tokens) == (0, 32)
+        assert again.tokens == first.tokens
+
+
+async def test_a_request_ends_at_its_deadline_wherever_it_is(tiny: LoadedModel) -> None:
+    long = dataclasses.replace(GREEDY, max_tokens=200)
+    async with _Running(tiny, max_num_seqs=1, queue_timeout=0.05) as engine:
+        running = engine.submit([1, 2], long, request_id="a", timeout=0.1)
+        waiting = engine.submit([1, 2], long, request_id="b")
+        with pytest.raises(RequestTimeoutError, match="before the request could begin") as caught:
+            await anext(waiting)
+        assert caught.value.queued
+        with pytest.raises(RequestTimeoutError, match="the time limit was up") as caught:
+            while True:
+                await anext(running)
+        assert not caught.value.queued
+        assert _is_idle(engine)
+
+
+async def test_a_batch_that_waits_to_fill_begins_when_its_delay_is_over(tiny: LoadedModel) -> None:
+    async with _Running(tiny, batching="dynamic", batch_delay=0.05) as engine:
+        began = time.monotonic()
+        await ask(engine, [1, 2], dataclasses.replace(GREEDY, max_tokens=1))
+        assert time.monotonic() - began >= 0.05
+
+
 @pytest.mark.parametrize("params", [GREEDY, _SAMPLED], ids=["greedy", "seeded"])
 @pytest.mark.parametrize(
     "limits",
@@ -50,12 +83,20 @@ def _is_idle(engine: AsyncEngine) -> bool:
         {"prefix_caching": False},
         {"block_size": 1},
         {"block_size": 64},
-        {"kv_cache_memory": 9 * 16 * 3 * 2 * 2 * 16 * 4},
+        {"kv_cache_memory": _SMALL},
+        {"kv_cache_memory": _SMALL, "preemption": "recompute", "prefix_caching": False},
+        {"kv_cache_memory": _SMALL, "preemption": "swap", "swap_memory": 4 * _SMALL},
+        {"kv_cache_memory": _SMALL, "preemption": "swap", "swap_memory": 4 * _SMALL, "prefix_caching": False},
+        {"kv_cache_memory": _SMALL, "swap_memory": _SMALL},
+        {"batching": "none"},
+        {"batching": "static", "batch_size": 4},
+        {"batching": "dynamic", "batch_size": 5, "batch_delay": 0.01},
+        {"scheduling": "fair"},
     ],
     ids=str,
 )
 def test_output_does_not_depend_on_how_it_is_scheduled(
-    tiny: LoadedModel, params: SamplingParams, limits: dict[str, int]
+    tiny: LoadedModel, params: SamplingParams, limits: dict[str, Any]
 ) -> None:
     params = dataclasses.replace(params, n=2)
     expected = [generate(tiny, [prompt], params)[0].tokens for prompt in _PROMPTS]
@@ -72,7 +113,7 @@ async def test_a_small_cache_preempts_and_a_prefix_is_reused(tiny: LoadedModel) 
         def on_prefix_cache(self, *, queried_tokens: int, hit_tokens: int) -> None:
             self.hit += hit_tokens
 
-    async with _Running(tiny, kv_cache_memory=9 * 16 * 3 * 2 * 2 * 16 * 4) as engine:
+    async with _Running(tiny, kv_cache_memory=_SMALL) as engine:
         engine.observer = counts = Counts()
         first = await ask(engine, _PROMPTS[-1], GREEDY)
         again = await ask(engine, _PROMPTS[-1], GREEDY)
@@ -259,7 +300,7 @@ async def test_a_failing_step_fails_open_requests_and_health_and_leaves_nobody_w
         ([5], {"stop_token_ids": (-7,)}, "stop_token_ids", "token id -7"),
         ([5], {"n": 0}, "n", "n must be at least 1"),
         ([5], {"logprobs": 321}, "logprobs", "logprobs must be from 0 to 320"),
-        ([5], {"n": 65}, "n", "n = 65 is more than the 64 sequences"),
+        ([5], {"n": 65}, "n", "65 sequences are more than the 64"),
     ],
 )
 async def test_a_request_that_can_never_be_served_is_refused_with_the_field_at_fault(

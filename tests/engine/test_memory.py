@@ -34,22 +34,30 @@ def test_a_block_holds_keys_and_values_of_all_layers() -> None:
 
 
 def test_an_explicit_size_is_used_to_the_last_block() -> None:
-    assert _plan(kv_cache_memory=1000 * _BLOCK + 1) == memory.MemoryPlan(1000, 256)
+    assert _plan(kv_cache_memory=1000 * _BLOCK + 1) == memory.MemoryPlan(1000, 0, 256)
 
 
 def test_without_a_size_it_is_what_running_sequences_and_as_many_cached_prefixes_can_use() -> None:
-    assert _plan(max_num_seqs=2) == memory.MemoryPlan(2 * 2 * 16, 256)
+    assert _plan(max_num_seqs=2) == memory.MemoryPlan(2 * 2 * 16, 0, 256)
 
 
 def test_without_a_size_it_is_at_most_a_quarter_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 40 * _BLOCK)
-    assert _plan() == memory.MemoryPlan(10, 160)
+    assert _plan() == memory.MemoryPlan(10, 0, 160)
 
 
 def test_a_small_cache_shortens_the_context_unless_it_was_asked_for() -> None:
     assert _plan(kv_cache_memory=4 * _BLOCK).max_model_len == 64
     with pytest.raises(ConfigError, match=r"room for 64 tokens, too few for --max-model-len 65.*at least 60KiB"):
         _plan(kv_cache_memory=4 * _BLOCK, max_model_len=65)
+
+
+def test_the_host_tier_is_as_large_as_was_asked_for_and_swapping_needs_one() -> None:
+    assert _plan(swap_memory=7 * _BLOCK + 5).num_host_blocks == 7
+    with pytest.raises(ConfigError, match="--preemption swap needs --swap-memory"):
+        _plan(preemption="swap")
+    with pytest.raises(ConfigError, match=r"no room for one block: it must be at least 12KiB"):
+        _plan(swap_memory=_BLOCK - 1)
 
 
 def test_a_cache_of_less_than_a_block_is_refused() -> None:

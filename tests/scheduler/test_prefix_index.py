@@ -30,14 +30,6 @@ def test_a_salt_and_an_adapter_change_every_key_of_the_chain() -> None:
     assert len({*plain, *salted, *adapted}) == 6
 
 
-def test_the_longest_known_prefix_is_found_even_if_later_blocks_are_known() -> None:
-    index = PrefixIndex()
-    keys = _keys([1], [2], [3])
-    index.add(keys[0], 5)
-    index.add(keys[2], 7)
-    assert index.find_prefix(keys) == [5]
-
-
 def test_the_first_holder_of_a_key_stays() -> None:
     index = PrefixIndex()
     index.add(b"k", 1)

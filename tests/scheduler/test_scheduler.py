@@ -138,10 +138,10 @@ def test_continuations_share_the_prompt_and_copy_only_its_last_block() -> None:
     assert (scheduler.num_running, scheduler.pool.num_used) == (4, 3)
     second = scheduler.schedule()
     memory.execute(second)
-    assert len(second.copies) == 3, "the last holder writes in place"
+    assert len(second.transfers.copies) == 3, "the last holder writes in place"
     assert scheduler.pool.num_used == 2 + 4
     scheduler.update(second, step_tokens(second))
-    assert scheduler.schedule().copies == ()
+    assert scheduler.schedule().transfers.copies == ()
 
 
 def test_continuations_of_whole_blocks_copy_nothing() -> None:
@@ -151,7 +151,7 @@ def test_continuations_of_whole_blocks_copy_nothing() -> None:
     while scheduler.has_work:
         batch = scheduler.schedule()
         memory.execute(batch)
-        copies += len(batch.copies)
+        copies += len(batch.transfers.copies)
         scheduler.update(batch, step_tokens(batch))
     assert copies == 0
 
@@ -224,7 +224,7 @@ def test_a_request_that_can_never_fit_is_refused_with_its_size_in_tokens() -> No
     scheduler = _scheduler(num_blocks=4)
     with pytest.raises(ValueError, match="need 17 tokens of KV cache, but the cache holds 16"):
         scheduler.add(_request("a", 13, max_tokens=4))
-    with pytest.raises(ValueError, match="n = 9 is more than the 8 sequences"):
+    with pytest.raises(ValueError, match="9 sequences are more than the 8 that run"):
         scheduler.add(_request("b", 2, n=9))
     scheduler.add(_request("c", 12, max_tokens=4))
     _run(scheduler)

@@ -140,6 +140,7 @@ class FakeEngine:
     healthy: bool = True
     ready: bool = True
     waiting: int = 0
+    queued_tokens: int = 0
     open: set[FakeStream] = field(default_factory=set)
     aborted: list[FakeStream] = field(default_factory=list)
     submitted: list[FakeStream] = field(default_factory=list)
@@ -171,6 +172,7 @@ class FakeEngine:
         return SimpleNamespace(
             num_running=len(self.open),
             num_waiting=self.waiting,
+            num_queued_tokens=self.queued_tokens,
             kv_usage=0.25,
             used_blocks=4,
             num_blocks=16,

@@ -1,0 +1,218 @@
+"""Where sequences' KV lives: in device blocks, and behind them, if there is one, in a tier of host blocks.
+
+The host tier serves twice. A preempted sequence can be swapped out to it as a whole, and goes on where it was when
+it comes back (PagedAttention, Kwon et al. 2023, §4.5). And a cached block that the device is about to reuse moves
+there first, so that a prefix is found again long after the device has forgotten it. Both are block pools with a
+prefix index, under the same keys: what either holds is found.
+
+What has to be moved is gathered while a step is decided and is done before the step computes; see `Transfers` for
+the order. Host blocks that a step reads or writes stay held until it is decided, so none is used twice in a step.
+"""
+
+from collections.abc import Iterable
+
+from scheduler.batch import Move, Transfers
+from scheduler.block_pool import BlockPool
+from scheduler.request import Sequence
+
+_NOTHING = Transfers()
+"""What most steps move."""
+
+
+class KVMemory:
+    """Gives sequences their blocks and takes them back. Knows nothing of whose turn it is."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, num_host_blocks: int, prefix_caching: bool) -> None:
+        self.block_size = block_size
+        self.device = BlockPool(num_blocks)
+        self.host = BlockPool(num_host_blocks) if num_host_blocks else None
+        self._prefix_caching = prefix_caching
+        self._out: list[Move] = []
+        self._back: list[Move] = []
+        self._copies: list[Move] = []
+        self._held: list[int] = []
+
+    def take_transfers(self) -> Transfers:
+        """What this step has to move; the next step begins with nothing."""
+        if self.host is not None:
+            self.host.release(self._held)
+            self._held = []
+        if not (self._out or self._back or self._copies):
+            return _NOTHING
+        transfers = Transfers(tuple(self._out), tuple(self._back), tuple(self._copies))
+        self._out, self._back, self._copies = [], [], []
+        return transfers
+
+    def check(self, live: Iterable[Sequence]) -> None:
+        """Raise AssertionError unless the live sequences' tables own every reference, and cover what is computed."""
+        live = list(live)
+        self.device.check(sequence.block_table for sequence in live)
+        if self.host is not None:
+            self.host.check([self._held, *(sequence.host_table for sequence in live)])
+        for sequence in live:
+            table = sequence.block_table or sequence.host_table
+            assert len(table) * self.block_size >= sequence.num_computed_tokens, "computed tokens without a block"
+            assert sequence.num_computed_tokens <= sequence.num_tokens, "more tokens computed than there are"
+            assert not (sequence.block_table and sequence.host_table), "a sequence lives in two places"
+
+    # a sequence's blocks grow
+
+    def blocks_needed(self, sequence: Sequence, num_tokens: int) -> int:
+        """Free blocks that its next ``num_tokens`` tokens take, one for a copy-on-write included."""
+        table, start = sequence.block_table, sequence.num_computed_tokens
+        first = start // self.block_size
+        copies = first < len(table) and self.device.ref_count(table[first]) > 1
+        return -(-(start + num_tokens) // self.block_size) - len(table) + copies
+
+    def missing_blocks(self, sequence: Sequence) -> int:
+        """Blocks that it will still ask for before all tokens it has now are computed."""
+        return -(-len(sequence.tokens) // self.block_size) - len(sequence.block_table)
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> None:
+        """Give it the blocks of its next ``num_tokens`` tokens; as many as `blocks_needed` are free."""
+        table, start = sequence.block_table, sequence.num_computed_tokens
+        end, first = start + num_tokens, start // self.block_size
+        if first < len(table) and self.device.ref_count(table[first]) > 1:  # copy-on-write
+            (block,) = self._allocate(1)
+            self._copies.append((table[first], block))
+            self.device.release([table[first]])
+            table[first] = block
+        missing = -(-end // self.block_size) - len(table)
+        if missing:
+            table.extend(self._allocate(missing))
+        if end // self.block_size != first:
+            self._publish(sequence, first, end // self.block_size)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let the child share all that the parent has."""
+        self.device.share(parent.block_table)
+        child.block_table = parent.block_table[:]
+        child.num_computed_tokens = parent.num_computed_tokens
+
+    # it comes and goes
+
+    def enter(self, sequence: Sequence, spare: int) -> bool:
+        """Give a sequence what the two tiers hold of it, if all its tokens find a block and ``spare`` are left over."""
+        swapped = bool(sequence.host_table)
+        kept = self._swapped(sequence) if swapped else self._cached(sequence)
+        shared = [block for block, in_host in kept if not in_host]
+        num_free = self.device.num_free - sum(self.device.ref_count(block) == 0 for block in shared) - spare
+        if -(-sequence.num_tokens // self.block_size) - len(shared) > num_free:
+            return False
+        self.device.share(shared)
+        if swapped:
+            self._held.extend(sequence.host_table)
+            del sequence.host_table[:]
+        else:
+            sequence.num_computed_tokens = len(kept) * self.block_size
+            self._hold([block for block, in_host in kept if in_host])
+        fetched = iter(self._allocate(len(kept) - len(shared)))
+        for index, (block, in_host) in enumerate(kept):
+            if in_host:
+                target = next(fetched)
+                self._back.append((block, target))
+                sequence.block_table.append(target)
+                if (index + 1) * self.block_size <= sequence.num_computed_tokens:
+                    self._publish(sequence, index, index + 1)
+            else:
+                sequence.block_table.append(block)
+        return True
+
+    def swap_out(self, sequence: Sequence) -> bool:
+        """Move all that it has to the host tier, where it stays until it comes back. False if there is no room."""
+        count = -(-sequence.num_computed_tokens // self.block_size)
+        if self.host is None or count == 0:
+            return False
+        keys = self._keys(sequence, sequence.num_computed_tokens // self.block_size)
+        known = [self.host.index.find(key) for key in keys] + [None] * (count - len(keys))
+        kept = [block for block in known if block is not None]
+        if count - len(kept) > self.host.num_free - sum(self.host.ref_count(block) == 0 for block in kept):
+            return False
+        self.host.share(kept)
+        fresh = iter(self.host.allocate(count - len(kept)))
+        for index, block in enumerate(known):
+            if block is None:
+                block = next(fresh)
+                self._out.append((sequence.block_table[index], block))
+                if index < len(keys):
+                    self.host.index.add(keys[index], block)
+            sequence.host_table.append(block)
+        self.device.release(sequence.block_table)
+        del sequence.block_table[:]
+        return True
+
+    def free(self, sequence: Sequence) -> None:
+        """Take back all that it has, wherever that is."""
+        self.device.release(sequence.block_table)
+        del sequence.block_table[:]
+        if self.host is not None:
+            self.host.release(sequence.host_table)
+            del sequence.host_table[:]
+        sequence.num_computed_tokens = 0
+
+    # the parts
+
+    def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
+        return sequence.block_keys(count, self.block_size) if self._prefix_caching else []
+
+    def _cached(self, sequence: Sequence) -> list[tuple[int, bool]]:
+        """The blocks of its longest known prefix, each with whether it is the host's.
+
+        The last token is always computed, since its logits are wanted: it never comes from a cache.
+        """
+        kept: list[tuple[int, bool]] = []
+        for key in self._keys(sequence, (sequence.num_tokens - 1) // self.block_size):
+            found = self._find(key)
+            if found is None:
+                break
+            kept.append(found)
+        return kept
+
+    def _swapped(self, sequence: Sequence) -> list[tuple[int, bool]]:
+        """The blocks of what was swapped out, each the host's unless the device still has the same."""
+        kept = [(block, True) for block in sequence.host_table]
+        for index, key in enumerate(self._keys(sequence, sequence.num_computed_tokens // self.block_size)):
+            block = self.device.index.find(key)
+            if block is not None:
+                kept[index] = (block, False)
+        return kept
+
+    def _find(self, key: bytes) -> tuple[int, bool] | None:
+        block = self.device.index.find(key)
+        if block is not None:
+            return block, False
+        block = None if self.host is None else self.host.index.find(key)
+        return None if block is None else (block, True)
+
+    def _publish(self, sequence: Sequence, first: int, last: int) -> None:
+        """Enter blocks ``first`` … ``last`` − 1 of the table, which this step fills, into the prefix index.
+
+        That is done before they are computed: within a layer all KV is written before any is read, so a sequence
+        admitted later in the same step may share them already.
+        """
+        keys = self._keys(sequence, last)
+        if keys:
+            for index in range(first, last):
+                self.device.index.add(keys[index], sequence.block_table[index])
+
+    def _allocate(self, count: int) -> list[int]:
+        """Take free device blocks; what is cached in them moves to the host first."""
+        if self.host is not None and self._prefix_caching:
+            for block in self.device.next_free(count):
+                self._offload(block)
+        return self.device.allocate(count)
+
+    def _offload(self, block: int) -> None:
+        assert self.host is not None
+        key = self.device.index.key_of(block)
+        if key is None or self.host.index.find(key) is not None or self.host.num_free == 0:
+            return
+        (target,) = self.host.allocate(1)
+        self.host.index.add(key, target)
+        self._out.append((block, target))
+        self._held.append(target)
+
+    def _hold(self, blocks: list[int]) -> None:
+        if self.host is not None:
+            self.host.share(blocks)
+            self._held.extend(blocks)

@@ -1,0 +1,111 @@
+"""Requests that have not run yet, and which of them is next.
+
+`fcfs`: first come, first served. `priority`: the lower number first, and waiting makes up for it: ``ageing`` seconds
+count as one level, so whatever a request's priority, it is overtaken for a bounded time only. `fair`: the tenant that
+was given the fewest tokens first, and within a tenant as under `priority`; a tenant that comes back begins level with
+the one served last, so that being away earns nothing (virtual token counter: Sheng et al. 2024, *Fairness in Serving
+Large Language Models*, §4.1), and ``ageing`` seconds of waiting count as `TOKENS_PER_AGEING` tokens not given.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Literal
+
+from scheduler.request import Rank, Request
+
+TOKENS_PER_AGEING = 1000
+_MAX_TENANTS_REMEMBERED = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """Who is served first."""
+
+    policy: Literal["fcfs", "priority", "fair"] = "fcfs"
+    ageing: float = 10.0
+    """Seconds."""
+
+    def rank(self, request: Request, serial: int) -> Rank:
+        """Where a request stands among those of its tenant, for as long as it lives; lower goes first."""
+        priority = 0 if self.policy == "fcfs" else request.priority
+        return (priority * self.ageing + request.arrival, serial)
+
+
+class WaitingQueue:
+    """The requests by tenant; without fair sharing all belong to one."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._members: OrderedDict[Request, None] = OrderedDict()  # in order of arrival
+        self._heaps: dict[str, list[tuple[Rank, Request]]] = {}  # what has left is dropped when it comes up
+        self._served: dict[str, float] = {}
+        self._level = 0.0  # what the tenant served last had been given
+        self.num_tokens = 0
+        """Prompt tokens of all that wait."""
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, request: Request) -> bool:
+        return request in self._members
+
+    @property
+    def oldest(self) -> Request | None:
+        """The one that came first, whoever is served next."""
+        return next(iter(self._members), None)
+
+    def add(self, request: Request) -> None:
+        """Queue a request, whose rank is set."""
+        tenant = self._tenant(request)
+        heap = self._heaps.get(tenant)
+        if heap is None:
+            heap = self._heaps[tenant] = []
+            self._served[tenant] = max(self._served.get(tenant, 0.0), self._level)
+        heappush(heap, (request.rank, request))
+        self._members[request] = None
+        self.num_tokens += request.num_prompt_tokens
+
+    def remove(self, request: Request) -> None:
+        """Take a request out; nothing happens if it is not in."""
+        if request not in self._members:
+            return
+        del self._members[request]
+        self.num_tokens -= request.num_prompt_tokens
+        tenant = self._tenant(request)
+        heap = self._heaps[tenant]
+        while heap and heap[0][1] not in self._members:
+            heappop(heap)
+        if not heap:
+            del self._heaps[tenant]
+
+    def head(self) -> Request | None:
+        """Who is next."""
+        if not self._members:
+            return None
+        heads = (heap[0][1] for heap in self._heaps.values())
+        return min(heads, key=self._score)
+
+    def admit(self, request: Request) -> None:
+        """Take out the head, since it runs now."""
+        self._level = max(self._level, self._served[self._tenant(request)])
+        self.remove(request)
+
+    def charge(self, request: Request, num_tokens: int) -> None:
+        """Note that a request's tenant was given ``num_tokens``; for fair sharing only."""
+        self._served[request.tenant] = self._served.get(request.tenant, self._level) + num_tokens
+        if len(self._served) > _MAX_TENANTS_REMEMBERED:
+            self._forget_tenants()
+
+    def _score(self, request: Request) -> tuple[float, Rank]:
+        waiting_since = request.arrival * TOKENS_PER_AGEING / self._order.ageing
+        return (self._served[self._tenant(request)] + waiting_since, request.rank)
+
+    def _tenant(self, request: Request) -> str:
+        return request.tenant if self._order.policy == "fair" else ""
+
+    def _forget_tenants(self) -> None:
+        """Forget half of the tenants that have nothing waiting: those given least, who would begin nearest level."""
+        away = sorted((tenant for tenant in self._served if tenant not in self._heaps), key=self._served.__getitem__)
+        for tenant in away[: len(away) // 2 + 1]:
+            del self._served[tenant]
