@@ -383,6 +383,12 @@ class EngineConfig:
     queue_timeout: float | None = setting(
         None, number(0.001, 86400), "seconds that a request waits to begin, at most; no limit by default", metavar="S"
     )
+    trace: Path | None = setting(  # noqa: RUF009 — immutable
+        None,
+        path,
+        "write every scheduling decision to this file, token ids included, for `octavo trace replay`",
+        metavar="FILE",
+    )
     seed: int = setting(0, integer(0, 2**63 - 1), "seed of requests that bring none", metavar="N")
     threads: int | None = setting(
         None, integer(1, 4096), "CPU threads of the model; the machine's cores by default", metavar="N"

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -25,6 +26,7 @@ from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from kernels import ops
 from scheduler.batching import Batching
 from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.trace import TracedScheduler
 from scheduler.waiting_queue import Order
 
 _SAMPLING_DEFAULTS: Final[Mapping[str, tuple[Any, float, float]]] = {
@@ -98,7 +100,7 @@ def assemble(config: EngineConfig, loaded: LoadedModel, observer: EngineObserver
         raise ConfigError(
             f"a KV cache of {plan.num_blocks} blocks cannot be allocated: {error}".splitlines()[0]
         ) from None
-    scheduler = Scheduler(scheduler_config(config, plan))
+    scheduler = _scheduler(scheduler_config(config, plan), config.trace)
     return AsyncEngine(
         config,
         _info(config, loaded, plan),
@@ -127,6 +129,15 @@ def scheduler_config(config: EngineConfig, plan: MemoryPlan) -> SchedulerConfig:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _scheduler(config: SchedulerConfig, trace: Path | None) -> Scheduler:
+    if trace is None:
+        return Scheduler(config)
+    try:
+        return TracedScheduler(config, trace)
+    except OSError as error:
+        raise ConfigError(f"--trace {trace}: cannot be written: {error.strerror}") from None
 
 
 def _info(config: EngineConfig, loaded: LoadedModel, plan: MemoryPlan) -> EngineInfo:

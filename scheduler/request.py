@@ -110,7 +110,7 @@ class Sequence:
 
     __slots__ = (
         "_keys",
-        "_root",
+        "root",
         "block_table",
         "finish_reason",
         "host_table",
@@ -134,7 +134,8 @@ class Sequence:
         self.parked = False
         """Whether it is a beam that waits for the others, with nothing to compute until they are as far."""
         self.finish_reason: FinishReason | None = None
-        self._root = root
+        self.root = root
+        """The parent key of its first block."""
         self._keys: list[bytes] = []
 
     @property
@@ -162,12 +163,12 @@ class Sequence:
         keys = self._keys
         while len(keys) < count:
             start = len(keys) * block_size
-            keys.append(block_key(keys[-1] if keys else self._root, self.tokens[start : start + block_size]))
+            keys.append(block_key(keys[-1] if keys else self.root, self.tokens[start : start + block_size]))
         return keys[:count]
 
     def fork(self) -> Sequence:
         """A continuation with the same past, but no blocks."""
-        child = Sequence(self.request, self.request.num_forked, self.tokens[:], self._root)
+        child = Sequence(self.request, self.request.num_forked, self.tokens[:], self.root)
         child._keys = self._keys[:]
         self.request.num_forked += 1
         self.request.sequences.append(child)

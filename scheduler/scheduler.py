@@ -168,18 +168,7 @@ class Scheduler:
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End one sequence and free its blocks. Nothing happens if it has ended already."""
-        if sequence.status is Status.FINISHED:
-            return
-        if sequence.status is Status.RUNNING:
-            _remove(self._running, sequence)
-        else:
-            _remove(self._returning, sequence)
-        self._memory.free(sequence)
-        sequence.status = Status.FINISHED
-        sequence.finish_reason = reason
-        if sequence.request.finished:
-            self._begun.discard(sequence.request)
-            self._queue.remove(sequence.request)
+        self._finish(sequence, reason)
 
     def expire(self, now: float) -> list[Request]:
         """End the requests whose deadline or whose time in the queue is up, and say which those are."""
@@ -198,9 +187,26 @@ class Scheduler:
         while timeout is not None and (oldest := self._queue.oldest) and oldest.arrival + timeout <= now:
             yield oldest
 
+    def close(self) -> None:
+        """The last call."""
+
     def _end(self, request: Request, reason: FinishReason) -> None:
         for sequence in tuple(request.sequences):
-            self.finish(sequence, reason)
+            self._finish(sequence, reason)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.status is Status.FINISHED:
+            return
+        if sequence.status is Status.RUNNING:
+            _remove(self._running, sequence)
+        else:
+            _remove(self._returning, sequence)
+        self._memory.free(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+        if sequence.request.finished:
+            self._begun.discard(sequence.request)
+            self._queue.remove(sequence.request)
 
     # a step
 
@@ -253,7 +259,7 @@ class Scheduler:
         chosen = [parent for parent, _ in extensions]
         for sequence in request.sequences:
             if sequence not in chosen:
-                self.finish(sequence, "abort")
+                self._finish(sequence, "abort")
         request.sequences = [sequence for sequence in request.sequences if sequence in chosen]
         seen: set[Sequence] = set()
         beams: list[Sequence] = []
@@ -376,7 +382,7 @@ class Scheduler:
         tokens.append(token)
         reason = request.stop.finish_reason(len(tokens) - request.num_prompt_tokens, token)
         if reason is not None:
-            self.finish(sequence, reason)
+            self._finish(sequence, reason)
 
 
 def _rank(sequence: Sequence) -> tuple[Rank, int]:
