@@ -321,7 +321,8 @@ class Scheduler:
         if batching.refills or not self._begun:
             oldest = self._queue.oldest
             assert oldest is not None
-            self._open_places = batching.places(len(self._queue), now - oldest.arrival)
+            waiting = len(self._queue)
+            self._open_places = min(waiting, batching.places(waiting, now - oldest.arrival))
         return head.sequences[0] if self._open_places > 0 else None
 
     def _begin(self, sequence: Sequence) -> None:
