@@ -213,6 +213,7 @@ class Scheduler:
     def schedule(self, now: float = 0.0) -> ScheduledBatch:
         """Choose what the next step computes, and take the blocks that it needs. Empty if all there is has to wait."""
         items: list[ScheduledSequence] = []
+        self._open_places = min(self._open_places, len(self._queue))  # who was aborted leaves no place to others
         preempted = self.counters.preemptions
         budget = self._continue(items)
         if self.counters.preemptions == preempted:
@@ -314,16 +315,12 @@ class Scheduler:
         """Who may enter next."""
         if self._returning:
             return self._returning[0]
-        head = self._queue.head()
-        if head is None:
-            return None
+        waiting, oldest = len(self._queue), self._queue.oldest
         batching = self.config.batching
-        if batching.refills or not self._begun:
-            oldest = self._queue.oldest
-            assert oldest is not None
-            waiting = len(self._queue)
+        if oldest is not None and (batching.refills or not (self._begun or self._open_places)):
             self._open_places = min(waiting, batching.places(waiting, now - oldest.arrival))
-        return head.sequences[0] if self._open_places > 0 else None
+        head = self._queue.head() if self._open_places else None
+        return None if head is None else head.sequences[0]
 
     def _begin(self, sequence: Sequence) -> None:
         """A sequence that has entered the memory runs from now on."""

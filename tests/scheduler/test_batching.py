@@ -70,6 +70,26 @@ def test_a_batch_larger_than_the_step_is_admitted_over_several_steps() -> None:
     assert _steps(scheduler, 3) == ["cc", "ccc", "ccc"]
 
 
+def test_a_member_that_ends_before_the_others_are_admitted_does_not_end_the_batch() -> None:
+    rule = Batching(mode="static", size=2)
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, max_num_batched_tokens=3, batching=rule))
+    _add(scheduler, "aa")
+    assert _steps(scheduler, 3) == ["a", "a", ""]
+
+
+def test_an_aborted_member_of_a_batch_leaves_its_place_to_nobody() -> None:
+    rule = Batching(mode="static", size=2)
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, max_num_batched_tokens=3, batching=rule))
+    _add(scheduler, "b")
+    gone = Request("gone", [1, 2, 3], StopRule(max_tokens=1))
+    scheduler.add(gone)
+    assert _step(scheduler) == "b"
+    scheduler.abort(gone)
+    assert _step(scheduler) == "b"
+    _add(scheduler, "a")
+    assert _steps(scheduler, 2) == ["", ""]
+
+
 def test_a_batch_that_has_to_make_room_takes_its_own_back_before_the_next_begins() -> None:
     rule = Batching(mode="static", size=2)
     scheduler = Scheduler(SchedulerConfig(num_blocks=3, block_size=4, batching=rule, prefix_caching=False))
