@@ -46,11 +46,18 @@ class EngineStats:
     used_blocks: int
     num_blocks: int
     block_size: int
+    used_host_blocks: int = 0
+    num_host_blocks: int = 0
 
     @property
     def kv_usage(self) -> float:
         """The share of the KV blocks that sequences hold, 0 to 1."""
         return self.used_blocks / self.num_blocks
+
+    @property
+    def host_kv_usage(self) -> float:
+        """The same of the host tier's blocks; 0 where there is none."""
+        return self.used_host_blocks / self.num_host_blocks if self.num_host_blocks else 0.0
 
 
 class AsyncEngine:
@@ -108,6 +115,7 @@ class AsyncEngine:
             self._task = None
         for state in list(self._states.values()):
             self._abort(state)
+        self._scheduler.close()
 
     def submit(
         self,
@@ -160,7 +168,7 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """How much is going on right now."""
-        pool = self._scheduler.pool
+        pool, host = self._scheduler.pool, self._scheduler.host_pool
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
@@ -168,6 +176,8 @@ class AsyncEngine:
             used_blocks=pool.num_used,
             num_blocks=pool.num_blocks,
             block_size=self._scheduler.config.block_size,
+            used_host_blocks=0 if host is None else host.num_used,
+            num_host_blocks=0 if host is None else host.num_blocks,
         )
 
     # A request's way in and out
@@ -193,14 +203,17 @@ class AsyncEngine:
             raise InvalidRequestError(f"min_tokens is more than max_tokens ({max_tokens})", param="min_tokens")
         self._check_ids(params.logit_bias, "logit_bias")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
-        refusal = self._scheduler.refusal(len(prompt) + max_tokens, params.n)
+        width = None if params.beams is None else params.beams.width
+        if width is not None and width < params.n:
+            raise InvalidRequestError(f"n is more than the beam width ({width})", param="n")
+        refusal = self._scheduler.refusal(len(prompt) + max_tokens, width or params.n)
         if refusal is not None:
             raise InvalidRequestError(refusal, param="n" if params.n > 1 else "max_tokens")
         eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
         # A file may name ids that its model does not have: those cannot be sampled, nor forbidden.
         stops = {token for token in eos if token < self.info.vocab_size}.union(params.stop_token_ids)
         rule = StopRule(max_tokens=max_tokens, min_tokens=params.min_tokens, stop_token_ids=frozenset(stops))
-        return Request(request_id, prompt, rule, n=params.n, **options)
+        return Request(request_id, prompt, rule, n=params.n if width is None else 1, beam_width=width, **options)
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:
@@ -273,6 +286,8 @@ class AsyncEngine:
             )
         if batch.num_preempted:
             self.observer.on_preemption(batch.num_preempted)
+        if batch.transfers.out or batch.transfers.back:
+            self.observer.on_swap(out=len(batch.transfers.out), back=len(batch.transfers.back))
         now = time.perf_counter()
         rows: list[SampleRow] = []
         for item in batch.items:
@@ -294,7 +309,23 @@ class AsyncEngine:
                 self._scheduler.finish(new.sequence, "stop")
             if state.ended:
                 del self._states[request_id]
-        self._observe_step(batch, len(appended))
+        found = self._advance_beams(batch, samples, now)
+        self._observe_step(batch, len(appended) + found)
+
+    def _advance_beams(self, batch: ScheduledBatch, samples: list[list[Sample]], now: float) -> int:
+        """Let the beam searches of the step go on; returns the tokens of those that ended."""
+        found = 0
+        for item, group in zip(batch.items, samples, strict=True):
+            beam = item.sequence
+            if not (group and beam.parked and beam.request.beam_width):
+                continue
+            state = self._states[beam.request.request_id]
+            assert state.beams is not None
+            state.beams.bring(beam, group[0].candidates)
+            if state.beams.advance(self._scheduler):
+                found += state.deliver_beams(now, self.observer)
+                del self._states[beam.request.request_id]
+        return found
 
     def _observe_step(self, batch: ScheduledBatch, generated: int) -> None:
         self.observer.on_tokens(prompt=0, generated=generated)

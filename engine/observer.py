@@ -39,6 +39,9 @@ class EngineObserver:
     def on_preemption(self, count: int) -> None:
         """So many sequences gave their blocks back."""
 
+    def on_swap(self, *, out: int, back: int) -> None:
+        """So many blocks moved from the device to the host tier, or from there."""
+
     def on_prefix_cache(self, *, queried_tokens: int, hit_tokens: int) -> None:
         """Requests were admitted: so many of their tokens were looked up, so many found."""
 

@@ -4,9 +4,11 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from engine.beam_progress import BeamProgress
+from engine.beam_search import Hypothesis
 from engine.errors import OctavoError
 from engine.observer import EngineObserver, RequestRecord
-from engine.outputs import Output
+from engine.outputs import Output, TokenLogprob
 from engine.sampler import Sample, SampleRow
 from engine.sampling_params import SamplingParams
 from engine.text_stream import TextStream
@@ -53,12 +55,13 @@ class RequestStream:
 class Continuation:
     """One of the request's ``n`` answers: its text so far and when its tokens came."""
 
-    __slots__ = ("first_token", "index", "last_token", "open", "text")
+    __slots__ = ("first_token", "index", "last_token", "num_tokens", "open", "text")
 
     def __init__(self, index: int, text: TextStream) -> None:
         self.index = index
         self.text = text
         self.open = True
+        self.num_tokens = 0
         self.first_token: float | None = None
         self.last_token = 0.0
 
@@ -75,7 +78,8 @@ class RequestState:
         self._params = params
         self._seed = seed
         self._arrival = time.perf_counter()
-        self._continuations = [Continuation(i, TextStream(tokenizer, params.stop)) for i in range(request.n)]
+        self._continuations = [Continuation(i, TextStream(tokenizer, params.stop)) for i in range(params.n)]
+        self.beams = None if params.beams is None else BeamProgress(request, params.beams)
 
     @property
     def ended(self) -> bool:
@@ -91,6 +95,7 @@ class RequestState:
                 tokens=sequence.tokens,
                 num_prompt_tokens=self.request.num_prompt_tokens,
                 stop_token_ids=self.request.stop.stop_token_ids,
+                num_candidates=0 if self.beams is None else self.beams.num_candidates,
             )
             for index in range(sequence.index, sequence.index + num_samples)
         ]
@@ -99,7 +104,7 @@ class RequestState:
         """Send a token's output on. True if its text completed a stop string, so that the sequence must end."""
         continuation = self._continuations[sequence.index]
         self._observe_token(continuation, now, observer)
-        may_stop = sequence.num_output_tokens > self._params.min_tokens
+        may_stop = continuation.num_tokens > self._params.min_tokens
         piece = continuation.text.push(sample.token, may_stop=may_stop)
         text, reason = piece.text, sequence.finish_reason
         stop_reason: int | str | None = piece.stop
@@ -113,12 +118,28 @@ class RequestState:
             elif reason == "stop" and sample.token in self._params.stop_token_ids:
                 stop_reason = sample.token
         logprobs = () if sample.logprob is None else (sample.logprob,)
-        self.stream.put(Output(continuation.index, text, (sample.token,), logprobs, reason, stop_reason))
-        if reason is not None:
-            self._close(continuation, reason, now, observer)
-            if self.ended:
-                self.stream.put(None)
+        output = Output(continuation.index, text, (sample.token,), logprobs, reason, stop_reason)
+        self._send(continuation, output, now, observer)
         return piece.stop is not None
+
+    def deliver_beams(self, now: float, observer: EngineObserver) -> int:
+        """Send the outputs that a beam search found, each whole; returns their tokens."""
+        assert self.beams is not None
+        found = self.beams.best(self._params.n)
+        found += [Hypothesis((), (), 0.0, "stop")] * (self._params.n - len(found))  # a vocabulary may hold no more
+        for continuation, one in zip(self._continuations, found, strict=True):
+            texts = [continuation.text.push(token, may_stop=False).text for token in one.tokens]
+            text = "".join(texts) + continuation.text.finish().text
+            for _ in one.tokens[:1]:
+                self._observe_token(continuation, now, observer)
+            continuation.num_tokens = len(one.tokens)
+            logprobs = [TokenLogprob(*pair, top=()) for pair in zip(one.tokens, one.logprobs, strict=True)]
+            asked = tuple(logprobs) if self._params.logprobs is not None else ()
+            last = one.tokens[-1] if one.tokens else None
+            stop_reason = last if one.finish_reason == "stop" and last in self._params.stop_token_ids else None
+            output = Output(continuation.index, text, one.tokens, asked, one.finish_reason, stop_reason)
+            self._send(continuation, output, now, observer)
+        return sum(len(one.tokens) for one in found)
 
     def end(self, reason: FinishReason, observer: EngineObserver, error: OctavoError | None = None) -> None:
         """End what is still open, from outside: an abort, or the engine's failure."""
@@ -129,7 +150,15 @@ class RequestState:
                 self._close(continuation, reason, time.perf_counter(), observer)
         self.stream.put(error)
 
+    def _send(self, continuation: Continuation, output: Output, now: float, observer: EngineObserver) -> None:
+        self.stream.put(output)
+        if output.finish_reason is not None:
+            self._close(continuation, output.finish_reason, now, observer)
+            if self.ended:
+                self.stream.put(None)
+
     def _observe_token(self, continuation: Continuation, now: float, observer: EngineObserver) -> None:
+        continuation.num_tokens += 1
         if continuation.first_token is None:
             continuation.first_token = now
             if continuation.index == 0:
@@ -141,14 +170,12 @@ class RequestState:
     def _close(self, continuation: Continuation, reason: FinishReason, now: float, observer: EngineObserver) -> None:
         continuation.open = False
         first_step, first_token = self.first_step, continuation.first_token
-        sequences = self.request.sequences
-        forked = continuation.index < len(sequences)
         observer.on_finish(
             RequestRecord(
                 index=continuation.index,
                 finish_reason=reason,
                 prompt_tokens=self.request.num_prompt_tokens,
-                generated_tokens=sequences[continuation.index].num_output_tokens if forked else 0,
+                generated_tokens=continuation.num_tokens,
                 e2e_seconds=now - self._arrival,
                 queue_seconds=None if first_step is None else first_step - self._arrival,
                 prefill_seconds=None if first_step is None or first_token is None else first_token - first_step,

@@ -11,6 +11,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from engine.beam_search import Candidate
 from engine.logit_adjustments import adjust
 from engine.outputs import TokenLogprob
 from engine.sampling_params import SamplingParams
@@ -31,6 +32,8 @@ class SampleRow:
     num_prompt_tokens: int
     stop_token_ids: frozenset[int]
     """What ends the sequence, and may not be sampled before ``min_tokens``."""
+    num_candidates: int = 0
+    """For a beam: how many of the most likely tokens are wanted, instead of one drawn."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -49,6 +52,8 @@ class Sample:
 
     token: int
     logprob: TokenLogprob | None = None
+    candidates: tuple[Candidate, ...] = ()
+    """For a beam: its most likely next tokens, most likely first, under the model's raw distribution."""
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sample]:
@@ -67,8 +72,8 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sample]:
             own = logits if len(chosen) == len(rows) else logits[chosen]
             for index, token in zip(chosen, draw(own, [rows[index] for index in chosen]), strict=True):
                 tokens[index] = token
-    logprobs = _logprobs(raw, rows, tokens)
-    return [Sample(token, logprobs.get(index)) for index, token in enumerate(tokens)]
+    logprobs, candidates = _logprobs(raw, rows, tokens), _best(raw, rows)
+    return [Sample(token, logprobs.get(index), candidates.get(index, ())) for index, token in enumerate(tokens)]
 
 
 def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
@@ -136,6 +141,19 @@ def _logprobs(logits: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int]) 
             top=tuple(zip(ids[i], values[i], strict=True))[: rows[index].params.logprobs],
         )
         for i, index in enumerate(asked)
+    }
+
+
+def _best(logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, tuple[Candidate, ...]]:
+    """The most likely tokens and their log-probabilities, for the rows that are beams."""
+    beams = [index for index, row in enumerate(rows) if row.num_candidates]
+    if not beams:
+        return {}
+    logprobs = logits[beams].float().log_softmax(dim=-1)
+    width = min(max(rows[index].num_candidates for index in beams), logits.shape[-1])
+    values, ids = (part.tolist() for part in logprobs.topk(width, dim=-1))
+    return {
+        index: tuple(zip(ids[i], values[i], strict=True))[: rows[index].num_candidates] for i, index in enumerate(beams)
     }
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from engine.beam_search import BeamParams
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -40,6 +42,10 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: no log-probabilities. k: those of the sampled token and of the k most likely ones."""
+
+    beams: BeamParams | None = None
+    """Search for the ``n`` most likely outputs instead of sampling them: the fields from temperature to logit_bias and
+    the stop strings then mean nothing, and all output comes at the end."""
 
     @property
     def greedy(self) -> bool:

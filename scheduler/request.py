@@ -110,7 +110,6 @@ class Sequence:
 
     __slots__ = (
         "_keys",
-        "root",
         "block_table",
         "finish_reason",
         "host_table",
@@ -118,6 +117,7 @@ class Sequence:
         "num_computed_tokens",
         "parked",
         "request",
+        "root",
         "status",
         "tokens",
     )

@@ -10,11 +10,14 @@ import pytest
 
 from engine import async_engine
 from engine.async_engine import AsyncEngine
+from engine.beam_search import BeamParams
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, InvalidRequestError, RequestTimeoutError
 from engine.launch import LoadedModel, assemble
 from engine.model_runner import ModelRunner
 from engine.observer import EngineObserver, RequestRecord
+from engine.outputs import Output
+from engine.request_state import RequestStream
 from engine.sampling_params import SamplingParams
 from tests.engine.driving import GREEDY, ask, ask_all, generate
 
@@ -38,9 +41,46 @@ class _Running:
         await self.engine.stop()
 
 
+async def _read(stream: RequestStream) -> list[Output]:
+    return [output async for output in stream]
+
+
 def _is_idle(engine: AsyncEngine) -> bool:
     stats = engine.stats()
     return (stats.num_running, stats.num_waiting, stats.used_blocks, stats.kv_usage) == (0, 0, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_num_batched_tokens": 3},
+        {"kv_cache_memory": _SMALL},
+        {"kv_cache_memory": _SMALL, "swap_memory": 8 * _SMALL},
+        {"prefix_caching": False, "max_num_seqs": 5},
+        {"block_size": 4, "kv_cache_memory": _SMALL, "prefix_caching": False},
+    ],
+    ids=str,
+)
+def test_a_beam_search_finds_the_same_however_it_is_scheduled(tiny: LoadedModel, limits: dict[str, Any]) -> None:
+    params = SamplingParams(max_tokens=20, n=3, beams=BeamParams(width=4), logprobs=0)
+    expected = [generate(tiny, [prompt], params)[0] for prompt in _PROMPTS[:6]]
+    answers = generate(tiny, _PROMPTS[:6], params, **limits)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+    assert [answer.text for answer in answers] == [answer.text for answer in expected]
+    for answer in answers:
+        sums = [sum(one.logprob for one in output.logprobs) / len(output.logprobs) for output in answer.outputs]
+        assert sums == sorted(sums, reverse=True)
+
+
+async def test_an_aborted_beam_search_leaves_nothing_behind(tiny: LoadedModel) -> None:
+    params = SamplingParams(max_tokens=200, beams=BeamParams(width=4), ignore_eos=True)
+    async with _Running(tiny) as engine:
+        stream = engine.submit([3, 4, 5], params, request_id="a")
+        await asyncio.sleep(0.05)
+        assert engine.stats().num_running == 4
+        stream.abort()
+        assert _is_idle(engine)
+        await ask(engine, [1, 2], GREEDY)
 
 
 async def test_a_prefix_that_the_device_has_forgotten_comes_back_from_the_host(tiny: LoadedModel) -> None:
@@ -61,8 +101,7 @@ async def test_a_request_ends_at_its_deadline_wherever_it_is(tiny: LoadedModel) 
             await anext(waiting)
         assert caught.value.queued
         with pytest.raises(RequestTimeoutError, match="the time limit was up") as caught:
-            while True:
-                await anext(running)
+            await _read(running)
         assert not caught.value.queued
         assert _is_idle(engine)
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from engine.beam_search import BeamParams
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.launch import LoadedModel, load_model
+from engine.sampling_params import SamplingParams
 from tests.engine.driving import GREEDY, PreemptionCount, all_logits, generate
 from tests.engine.prompts import PROMPTS
 
@@ -64,6 +66,27 @@ def test_greedy_output_equals_that_of_transformers(
         pad_token_id=2,
     )
     assert generated[0, len(prompts[0]) :].tolist() == answers[0]
+
+
+@torch.inference_mode()
+def test_beam_search_equals_that_of_transformers(embedded: LoadedModel, oracle: Any, prompts: list[list[int]]) -> None:
+    beams = BeamParams(width=3, length_penalty=0.8)
+    params = SamplingParams(max_tokens=8, n=2, beams=beams)
+    answers = generate(embedded, prompts[:8], params, max_num_batched_tokens=32)
+    for prompt, answer in zip(prompts[:8], answers, strict=True):
+        expected = oracle.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=8,
+            do_sample=False,
+            num_beams=3,
+            num_return_sequences=2,
+            length_penalty=0.8,
+            eos_token_id=list(embedded.checkpoint.tokenizer.eos_token_ids),
+            pad_token_id=2,
+        )
+        for index in range(2):
+            own = answer.tokens[index]
+            assert expected[index, len(prompt) : len(prompt) + len(own)].tolist() == own
 
 
 def test_bfloat16_says_the_same_of_the_capital_of_france() -> None:
