@@ -32,7 +32,7 @@ async def collect(generation: Generation, count: int, request: Request) -> list[
 
     Raises:
         ApiError: the client left (499) or the server stopped (503) before the end.
-        OctavoError: the engine failed.
+        OctavoError: the engine failed, or the request's time was up.
     """
     choices = [Choice() for _ in range(count)]
     async with generation.watched(request.receive):

@@ -8,12 +8,14 @@ from fastapi import FastAPI
 
 from engine.errors import ConfigError
 from server import errors, openapi
+from server.admission import retry_after
 from server.auth import ApiKeyMiddleware, RequestIdMiddleware
 from server.chat_template import ChatTemplate, load_template
 from server.config import ServerConfig
 from server.metrics import Metrics
 from server.routes import chat, completions, status, tokens
 from server.serving import Serving
+from server.standing import Tenants
 from server.version import version
 
 if TYPE_CHECKING:
@@ -35,18 +37,19 @@ def create_app(engine: "AsyncEngine", config: ServerConfig, metrics: Metrics | N
     metrics.attach(engine, names[0], vllm_names=config.metrics_compat)
 
     app = FastAPI(title="Octavo", version=version(), redoc_url=None)
-    app.state.serving = Serving(
+    app.state.serving = serving = Serving(
         engine=engine,
         config=config,
         metrics=metrics,
         model_names=names,
         template=_template(engine, config),
+        tenants=Tenants(config),
         created=int(time.time()),
     )
     for room in (completions, chat, tokens, status):
         app.include_router(room.router)
     openapi.install(app)
-    errors.install(app)
+    errors.install(app, lambda: retry_after(serving))
     if config.api_key:
         app.add_middleware(ApiKeyMiddleware, keys=config.api_key)
     app.add_middleware(RequestIdMiddleware)

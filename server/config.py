@@ -32,7 +32,19 @@ class ServerConfig(LogConfig):
         None, path, "file with a Jinja chat template to use instead of the model's", metavar="FILE"
     )
     metrics_compat: bool = setting(False, boolean, "repeat /metrics under vLLM's names, for its dashboards")
-    max_waiting: int = setting(1024, integer(1), "requests that may queue for a place; more get a 429", metavar="N")
+    max_queue: int = setting(
+        1024, integer(1), "prompts that wait to begin, at most; a request that would be more gets a 429", metavar="N"
+    )
+    max_queue_tokens: int | None = setting(
+        None, integer(1), "the same in tokens of those prompts; no limit by default", metavar="N"
+    )
+    tenant: Literal["auto", "api-key", "user"] = setting(
+        "auto",
+        choice("auto", "api-key", "user"),
+        "whose requests count together under --scheduling fair: those with one API key, or with one 'user' field; "
+        "auto takes the key where there is more than one",
+        metavar="WHICH",
+    )
     max_body_size: int = setting(8 * 2**20, memory, "size of a request's body, at most", metavar="SIZE")
     drain_timeout: float = setting(
         30.0, number(0, 86400), "seconds that running requests get to finish on SIGTERM", metavar="S"

@@ -5,7 +5,7 @@ Messages never hold an address, a path or a traceback: what is not meant for the
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,17 +15,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from engine.errors import EngineDeadError, InvalidRequestError, OctavoError
+from engine.errors import EngineDeadError, InvalidRequestError, OctavoError, RequestTimeoutError
 
 logger = logging.getLogger("octavo.server")
 
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
 }
+
+_BUSY = frozenset({"queue_full", "queue_timeout"})
+"""Codes that come with the time after which a client may try again."""
 
 
 class ApiError(Exception):
@@ -77,6 +81,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, "The request is malformed.")
         case HTTPException():
             return _http_error(error)
+        case RequestTimeoutError():
+            return _timeout_error(error)
         case EngineDeadError():
             return ApiError(500, "The engine has failed; the server is about to stop.", code="engine_dead")
         case OctavoError():
@@ -85,6 +91,13 @@ def as_api_error(error: Exception) -> ApiError:
         case _:
             logger.error("request failed", exc_info=error)
             return ApiError(500, "The server failed to answer this request.", code="internal_error")
+
+
+def _timeout_error(error: RequestTimeoutError) -> ApiError:
+    if error.queued:
+        return ApiError(503, f"{error}", code="queue_timeout")
+    # OpenAI's clients repeat what ends with a 408, but this would take as long again.
+    return ApiError(408, f"{error}", code="request_timeout", headers={"x-should-retry": "false"})
 
 
 def _http_error(error: HTTPException) -> ApiError:
@@ -110,11 +123,14 @@ def _param(location: tuple[int | str, ...]) -> str | None:
     return text.removeprefix(".") or None
 
 
-def install(app: FastAPI) -> None:
-    """Make every error of ``app`` answer in OpenAI's shape."""
+def install(app: FastAPI, retry_after: Callable[[], int]) -> None:
+    """Make every error of ``app`` answer in OpenAI's shape; ``retry_after`` tells how many seconds it will be busy."""
 
     async def handle(request: Request, error: Any) -> Response:
-        return error_response(as_api_error(error))
+        response = error_response(told := as_api_error(error))
+        if told.code in _BUSY:
+            response.headers["retry-after"] = str(retry_after())
+        return response
 
     expected = (ApiError, OctavoError, HTTPException, ValidationError, RequestValidationError)
     for kind in (*expected, Exception):

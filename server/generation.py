@@ -9,12 +9,14 @@ from starlette.types import Receive
 
 from engine.outputs import Output
 from engine.sampling_params import SamplingParams
+from server.admission import admit
 from server.errors import ApiError
-from server.protocol import SamplingBody, TokenIds
+from server.protocol import TokenIds
+from server.standing import Standing
 
 if TYPE_CHECKING:
-    from engine.async_engine import AsyncEngine
     from engine.request_state import RequestStream
+    from server.serving import Serving
 
 Outputs = AsyncGenerator[tuple[int, Output], None]
 
@@ -32,25 +34,33 @@ class Generation:
     @classmethod
     def submit(
         cls,
-        engine: "AsyncEngine",
+        serving: "Serving",
         prompts: Sequence[TokenIds],
         params: SamplingParams,
-        body: SamplingBody,
+        standing: Standing,
+        *,
+        cache_salt: str | None,
         request_id: str,
     ) -> Self:
-        """Hand every prompt to the engine, or none.
+        """Hand every prompt to the engine, or none. Nothing else runs meanwhile, so the queue's limit is kept.
 
         Raises:
-            InvalidRequestError, EngineDeadError: the engine takes none of them.
+            ApiError, InvalidRequestError: the queue does not take them.
+            InvalidRequestError, EngineDeadError: the engine does not.
         """
+        admit(serving, prompts)
+        timeout = standing.timeout
         streams: list[RequestStream] = []
         try:
             for index, prompt in enumerate(prompts):
-                stream = engine.submit(
+                stream = serving.engine.submit(
                     prompt,
                     params,
                     request_id=f"{request_id}-{index}",
-                    cache_salt=body.cache_salt,
+                    cache_salt=cache_salt,
+                    priority=standing.priority,
+                    tenant=standing.tenant,
+                    timeout=timeout,
                 )
                 streams.append(stream)
         except BaseException:
@@ -79,7 +89,7 @@ class Generation:
         """(choice index, output) of all prompts, as they come.
 
         Raises:
-            OctavoError: the engine failed.
+            OctavoError: the engine failed, or the request's time was up.
             ApiError: it was stopped, or the client left, before every choice was complete.
         """
         unfinished = len(self._streams) * self._n

@@ -4,6 +4,7 @@ The engine reports by plain calls (`engine.observer`), which only add to numbers
 are built when the page is asked for.
 """
 
+import math
 import re
 import time
 from bisect import bisect_left
@@ -54,8 +55,14 @@ COUNTERS = {
     "generation_tokens_total": "Tokens generated.",
     "prefix_cache_queries_total": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits_total": "Prompt tokens found there.",
-    "num_preemptions_total": "Times that a request lost its blocks and had to start over.",
+    "num_preemptions_total": "Times that a request had to give its blocks back, to go on or to start over later.",
 }
+LABELLED_COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "request_success_total": ("Requests ended.", "finished_reason", ("stop", "length", "abort", "timeout", "error")),
+    "requests_rejected_total": ("Requests not let in.", "reason", ("queue", "queue_tokens", "not_ready")),
+    "kv_blocks_swapped_total": ("KV blocks moved to the host tier and back.", "direction", ("out", "in")),
+}
+"""Those with one more label: help line, the label's name and its values."""
 
 
 class Histogram:
@@ -101,6 +108,18 @@ class Throughput:
         slots = [slot for slot in self._slots if int(now) - WINDOW <= slot[0] < int(now)]
         return sum(slot[1] for slot in slots) / WINDOW, sum(slot[2] for slot in slots) / WINDOW
 
+    def seconds_to_begin(self, prompt_tokens: int, now: float) -> float:
+        """How long so many queued prompt tokens take to begin, at the pace at which others did lately.
+
+        0 where no pace is known, since nothing was computed; infinite where something was, but no prompt began.
+        """
+        slots = [slot for slot in self._slots if slot[0] >= int(now) - WINDOW]
+        if not slots or not prompt_tokens:
+            return 0.0
+        begun = sum(slot[1] for slot in slots)
+        # Since the first of them: work that began two seconds ago says nothing about the ten before.
+        return prompt_tokens * max(now - slots[0][0], 1.0) / begun if begun else math.inf
+
 
 class Metrics(EngineObserver, Collector):
     """The engine's observer, and a page of what it saw."""
@@ -108,7 +127,7 @@ class Metrics(EngineObserver, Collector):
     def __init__(self) -> None:
         self._histograms = {name: Histogram(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
         self._counters = dict.fromkeys(COUNTERS, 0)
-        self._finished: dict[str, int] = dict.fromkeys(("stop", "length", "abort", "error"), 0)
+        self._labelled = {name: dict.fromkeys(values, 0) for name, (_, _, values) in LABELLED_COUNTERS.items()}
         self._throughput = Throughput()
         self._engine: AsyncEngine | None = None
         self._model_name = ""
@@ -129,6 +148,16 @@ class Metrics(EngineObserver, Collector):
             page += re.sub(rb"^((?:# (?:HELP|TYPE) )?)octavo:", rb"\1vllm:", page, flags=re.MULTILINE)
         return page
 
+    # What the server's admission calls.
+
+    def on_rejection(self, reason: str) -> None:
+        """A request was not let in; see `LABELLED_COUNTERS` for the reasons."""
+        self._labelled["requests_rejected_total"][reason] += 1
+
+    def seconds_to_begin(self, prompt_tokens: int) -> float:
+        """See `Throughput.seconds_to_begin`."""
+        return self._throughput.seconds_to_begin(prompt_tokens, time.monotonic())
+
     # What the engine calls; see engine.observer.
 
     def on_step(self, *, scheduled_tokens: int, num_running: int, num_waiting: int, kv_usage: float) -> None:
@@ -138,6 +167,11 @@ class Metrics(EngineObserver, Collector):
     def on_preemption(self, count: int) -> None:
         """Requests were preempted."""
         self._counters["num_preemptions_total"] += count
+
+    def on_swap(self, *, out: int, back: int) -> None:
+        """Blocks moved."""
+        self._labelled["kv_blocks_swapped_total"]["out"] += out
+        self._labelled["kv_blocks_swapped_total"]["in"] += back
 
     def on_prefix_cache(self, *, queried_tokens: int, hit_tokens: int) -> None:
         """A prompt was looked up in the prefix cache."""
@@ -160,7 +194,7 @@ class Metrics(EngineObserver, Collector):
 
     def on_finish(self, record: "RequestRecord") -> None:
         """A continuation ended."""
-        self._finished[record.finish_reason] += 1
+        self._labelled["request_success_total"][record.finish_reason] += 1
         observed = {
             "e2e_request_latency_seconds": record.e2e_seconds,
             "request_queue_time_seconds": record.queue_seconds,
@@ -184,12 +218,11 @@ class Metrics(EngineObserver, Collector):
             counter = CounterMetricFamily(PREFIX + name, help_line, labels=["model_name"])
             counter.add_metric(labels, self._counters[name])
             yield counter
-        success = CounterMetricFamily(
-            PREFIX + "request_success_total", "Requests ended.", labels=["model_name", "finished_reason"]
-        )
-        for reason, count in self._finished.items():
-            success.add_metric([*labels, reason], count)
-        yield success
+        for name, (help_line, label, _) in LABELLED_COUNTERS.items():
+            counter = CounterMetricFamily(PREFIX + name, help_line, labels=["model_name", label])
+            for value, count in self._labelled[name].items():
+                counter.add_metric([*labels, value], count)
+            yield counter
         for name, (help_line, _) in HISTOGRAMS.items():
             histogram = self._histograms[name]
             family = HistogramMetricFamily(PREFIX + name, help_line, labels=["model_name"])
@@ -206,7 +239,9 @@ class Metrics(EngineObserver, Collector):
             stats = self._engine.stats()
             values["num_requests_running"] = ("Requests in the batch.", stats.num_running)
             values["num_requests_waiting"] = ("Requests in the queue.", stats.num_waiting)
+            values["num_queued_tokens"] = ("Prompt tokens of requests that have not begun.", stats.num_queued_tokens)
             values["kv_cache_usage_perc"] = ("Share of KV blocks in use, 0 to 1.", stats.kv_usage)
+            values["host_kv_cache_usage_perc"] = ("The same of the host tier, 0 without one.", stats.host_kv_usage)
             info = GaugeMetricFamily(
                 PREFIX + "cache_config_info",
                 "Shape of the KV cache.",

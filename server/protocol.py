@@ -28,6 +28,9 @@ MAX_BIASES = 1024
 MAX_CHOICES = 2048
 """Prompts times n of one request."""
 MAX_NAME_LENGTH = 256
+MAX_USER_LENGTH = 1024
+MAX_TIMEOUT = 86400
+"""Seconds."""
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_VALUES = 4096
 """Values in a request's ``chat_template_kwargs``, nested ones included."""
@@ -187,9 +190,10 @@ class SamplingBody(Body):
     ignore_eos: bool | None = None
 
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)] | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=MAX_USER_LENGTH)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
 
-    priority: Annotated[Any, unserved(0)] = None
     kv_policy: Annotated[Any, unserved("full", {"type": "full"})] = None
     use_beam_search: Annotated[Any, unserved(False)] = None
     bad_words: Annotated[Any, unserved([])] = None

@@ -13,7 +13,8 @@ from engine.errors import InvalidRequestError
 from server.chat_template import ChatTemplate
 from server.config import ServerConfig
 from server.errors import ApiError
-from server.protocol import Body, Message, TokenIds
+from server.protocol import Body, Message, SamplingBody, TokenIds
+from server.standing import Standing, Tenants, standing_of
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
@@ -51,6 +52,7 @@ class Serving:
     metrics: "Metrics"
     model_names: tuple[str, ...]
     template: ChatTemplate | None
+    tenants: Tenants
     created: int
     """Unix time of the start."""
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
@@ -74,21 +76,14 @@ class Serving:
             raise ApiError(404, f"The model {name!r} does not exist here.", param="model", code="model_not_found")
         return name
 
-    def admit(self) -> None:
-        """Let a request in.
+    def standing(self, request: Request, body: SamplingBody, arrival: float) -> Standing:
+        """Where a request stands that came at ``arrival``, on the monotonic clock.
 
         Raises:
-            ApiError: 503 while starting or stopping, 429 if the queue is full.
+            InvalidRequestError: it has a priority, which this server's order of service does not know.
         """
-        if self.engine.is_healthy() and (self.lifecycle.draining or not self.engine.is_ready()):
-            raise ApiError(503, "The server is starting or stopping.", headers={"Retry-After": "5"})
-        if self.engine.stats().num_waiting >= self.config.max_waiting:
-            raise ApiError(
-                429,
-                "Too many requests are waiting; try again shortly.",
-                code="queue_full",
-                headers={"Retry-After": "1"},
-            )
+        tenant = self.tenants.name(request.scope, body.user)
+        return standing_of(body, tenant, scheduling=self.engine.config.scheduling, arrival=arrival)
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool, param: str) -> list[TokenIds]:
         """Token ids of each text.

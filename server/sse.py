@@ -60,23 +60,28 @@ class EventStream(Response):
         self._send_timeout = send_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the head, then each chunk as it comes."""
-        async with self._generation.watched(receive):
+        """Send the head with the first chunk, then each chunk as it comes.
+
+        Raises:
+            ApiError, OctavoError: there was no first chunk; nothing is sent, so the answer can still say why.
+        """
+        async with self._generation.watched(receive), contextlib.aclosing(self._chunks):
+            first = await anext(self._chunks)
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             # The client has stopped reading: there is nobody to tell.
             with contextlib.suppress(TimeoutError):
-                async with contextlib.aclosing(self._guarded()) as chunks:
+                async with contextlib.aclosing(self._guarded(first)) as chunks:
                     async for chunk in chunks:
                         async with asyncio.timeout(self._send_timeout):
                             await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _guarded(self) -> AsyncGenerator[bytes, None]:
+    async def _guarded(self, first: bytes) -> AsyncGenerator[bytes, None]:
         """The chunks; a failure among them becomes the stream's last event."""
         try:
-            async with contextlib.aclosing(self._chunks) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            yield first
+            async for chunk in self._chunks:
+                yield chunk
         except Exception as error:  # noqa: BLE001 — whatever it is, the client is told and the log has it
             told = as_api_error(error)
             yield event(error_body(told.status, told.message, param=told.param, code=told.code))

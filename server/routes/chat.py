@@ -1,6 +1,7 @@
 """POST /v1/chat/completions."""
 
 import json
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from server.protocol import ChatRequest
 from server.sampling import sampling_params
 from server.serving import Serving, read_body
 from server.sse import EventStream, Frame, quote
+from server.standing import Standing
 
 router = APIRouter(tags=["chat"])
 
@@ -48,14 +50,16 @@ class Job:
 @router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
 async def chat_completions(request: Request) -> Response:
     """Answer the last message of a conversation."""
-    job = await _start(Serving.of(request), await read_body(request, ChatRequest))
+    arrival = time.monotonic()
+    serving, body = Serving.of(request), await read_body(request, ChatRequest)
+    job = await _start(serving, body, serving.standing(request, body, arrival))
     if job.body.stream:
         return EventStream(_chunks(job), job.generation, job.serving.config.send_timeout)
     choices = await collect(job.generation, job.choices, request)
     return answer(job.head, [_choice(job, index, one) for index, one in enumerate(choices)], job.generation)
 
 
-async def _start(serving: Serving, body: ChatRequest) -> Job:
+async def _start(serving: Serving, body: ChatRequest, standing: Standing) -> Job:
     model = serving.model(body.model)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != wanted:
@@ -72,9 +76,11 @@ async def _start(serving: Serving, body: ChatRequest) -> Job:
         max_tokens=room if wanted is None else wanted,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    serving.admit()
     head = head_of("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", model)
-    return Job(body, serving, head, Generation.submit(serving.engine, [prompt], params, body, head["id"]))
+    generation = Generation.submit(
+        serving, [prompt], params, standing, cache_salt=body.cache_salt, request_id=head["id"]
+    )
+    return Job(body, serving, head, generation)
 
 
 def _choice(job: Job, index: int, choice: Choice) -> dict[str, Any]:

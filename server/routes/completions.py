@@ -1,5 +1,6 @@
 """POST /v1/completions."""
 
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.admission import check_ready
 from server.answers import Choice, answer, collect, head_of
 from server.generation import Generation
 from server.logprobs import LegacyLogprobs
@@ -15,6 +17,7 @@ from server.protocol import CompletionRequest, TokenIds
 from server.sampling import sampling_params
 from server.serving import Serving, read_body
 from server.sse import EventStream, Frame, quote
+from server.standing import Standing
 
 router = APIRouter(tags=["completions"])
 
@@ -27,6 +30,7 @@ class Job:
 
     body: CompletionRequest
     serving: Serving
+    standing: Standing
     head: dict[str, Any]
     prompts: Sequence[TokenIds]
     echoes: Sequence[str]
@@ -42,7 +46,9 @@ class Job:
 @router.post("/v1/completions", openapi_extra=takes(CompletionRequest))
 async def completions(request: Request) -> Response:
     """Continue each of the prompts."""
-    job = await _prepare(Serving.of(request), await read_body(request, CompletionRequest))
+    arrival = time.monotonic()
+    serving, body = Serving.of(request), await read_body(request, CompletionRequest)
+    job = await _prepare(serving, body, serving.standing(request, body, arrival))
     generation = _start(job)
     if job.body.stream:
         return EventStream(_chunks(job, generation), generation, job.serving.config.send_timeout)
@@ -53,7 +59,7 @@ async def completions(request: Request) -> Response:
     return answer(job.head, [_choice(job, index, one) for index, one in enumerate(choices)], generation)
 
 
-async def _prepare(serving: Serving, body: CompletionRequest) -> Job:
+async def _prepare(serving: Serving, body: CompletionRequest, standing: Standing) -> Job:
     """Everything that can refuse the request, before the engine hears of it."""
     model = serving.model(body.model)
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
@@ -68,6 +74,7 @@ async def _prepare(serving: Serving, body: CompletionRequest) -> Job:
     return Job(
         body=body,
         serving=serving,
+        standing=standing,
         head=head_of("cmpl", "text_completion", model),
         prompts=prompts,
         echoes=[echo for echo in echoes for _ in range(body.n or 1)],
@@ -78,10 +85,12 @@ async def _prepare(serving: Serving, body: CompletionRequest) -> Job:
 def _start(job: Job) -> Generation:
     body, serving = job.body, job.serving
     params = sampling_params(body, serving, max_tokens=job.max_tokens, logprobs=body.logprobs)
-    serving.admit()
     if not job.max_tokens:  # only the echo is wanted: that needs no engine
+        check_ready(serving)
         return Generation([], params.n, sum(map(len, job.prompts)))
-    return Generation.submit(serving.engine, job.prompts, params, body, job.head["id"])
+    return Generation.submit(
+        serving, job.prompts, params, job.standing, cache_salt=body.cache_salt, request_id=job.head["id"]
+    )
 
 
 def _choice(job: Job, index: int, choice: Choice) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from engine.config import EngineConfig
 from engine.errors import EngineDeadError, OctavoError
 from engine.outputs import Output, TokenLogprob
 from engine.sampling_params import SamplingParams
@@ -53,6 +54,8 @@ class FakeStream:
     prompt: Sequence[int]
     params: SamplingParams
     request_id: str
+    order: Mapping[str, Any]
+    """Priority, tenant and timeout."""
     aborted: bool = False
     produced: int = 0
     cached_tokens: int = 0
@@ -73,7 +76,7 @@ class FakeStream:
             raise StopAsyncIteration
         if self.engine.fail_after is not None and self.produced >= self.engine.fail_after:
             self.engine.open.discard(self)
-            raise OctavoError("a secret at /home/user")
+            raise self.engine.failure
         self.cached_tokens = len(self.prompt) // 16 * 16
         self.produced += 1
         try:
@@ -134,9 +137,11 @@ class FakeEngine:
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
     model_name: str = "fake"
     max_model_len: int = 256
+    config: EngineConfig = field(default_factory=EngineConfig)
     default_sampling: Mapping[str, Any] = field(default_factory=dict)
     pace: float = 0.0
     fail_after: int | None = None
+    failure: Exception = field(default_factory=lambda: OctavoError("a secret at /home/user"))
     healthy: bool = True
     ready: bool = True
     waiting: int = 0
@@ -153,11 +158,17 @@ class FakeEngine:
             stream.abort()
 
     def submit(
-        self, prompt: Sequence[int], params: SamplingParams, *, request_id: str, cache_salt: str | None = None
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        cache_salt: str | None = None,
+        **order: Any,
     ) -> FakeStream:
         if not self.healthy:
             raise EngineDeadError("the loop broke at /home/user")
-        stream = FakeStream(self, prompt, params, request_id)
+        stream = FakeStream(self, prompt, params, request_id, order)
         self.submitted.append(stream)
         self.open.add(stream)
         return stream
@@ -174,6 +185,7 @@ class FakeEngine:
             num_waiting=self.waiting,
             num_queued_tokens=self.queued_tokens,
             kv_usage=0.25,
+            host_kv_usage=0.5,
             used_blocks=4,
             num_blocks=16,
             block_size=16,

@@ -116,6 +116,18 @@ REFUSED: list[tuple[tuple[str, object], str | None]] = [
     (completion(response_format={"type": "json_object"}), "response_format"),
     (completion(kv_policy="h2o"), "kv_policy"),
     (completion(cache_salt=""), "cache_salt"),
+    (completion(user="u" * 1025), "user"),
+    (completion(user=1), "user"),
+    (completion(priority=True), "priority"),
+    (completion(priority="3"), "priority"),
+    (completion(priority=1.5), "priority"),
+    (completion(priority=2**31), "priority"),
+    (completion(priority=-(2**31) - 1), "priority"),
+    (completion(timeout=0), "timeout"),
+    (completion(timeout=-1), "timeout"),
+    (completion(timeout="5"), "timeout"),
+    (completion(timeout=True), "timeout"),
+    (completion(timeout=86401), "timeout"),
     (completion(model=1), "model"),
     ((CHAT, {}), "messages"),
     ((CHAT, {"messages": []}), "messages"),
@@ -134,6 +146,8 @@ REFUSED: list[tuple[tuple[str, object], str | None]] = [
     ((CHAT, {"messages": [HI] * 4097}), "messages"),
     (chat(max_tokens=0), "max_tokens"),
     (chat(max_tokens=1, max_completion_tokens=2), "max_tokens"),
+    (chat(priority=1.5), "priority"),
+    (chat(timeout=0), "timeout"),
     (chat(logprobs=1), "logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
     (chat(top_logprobs=2), "top_logprobs"),
@@ -167,6 +181,8 @@ def test_a_bad_field_is_a_400_that_names_it(live: Live, request_: tuple[str, obj
         b'{"prompt": "\xff"}',
         b'{"prompt": "x", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
         b'{"prompt": "x", "temperature": 1e999, "messages": [{"role": "user", "content": "x"}]}',
+        b'{"prompt": "x", "timeout": NaN, "messages": [{"role": "user", "content": "x"}]}',
+        b'{"prompt": "x", "timeout": 1e999, "messages": [{"role": "user", "content": "x"}]}',
         b'{"prompt": "\\ud800", "messages": [{"role": "user", "content": "\\ud800"}]}',
         b'{"prompt": ' + b"[" * 100_000,
         b'{"x": ' * 10_000,
@@ -237,7 +253,7 @@ def test_more_ids_than_a_context_are_not_put_into_text(live: Live, count: int) -
 def test_a_body_of_too_many_parts_is_refused_before_they_are_built(live: Live) -> None:
     error = check_error(live.http.post(COMPLETIONS, json={"prompt": "x", "guided_json": [[]] * 70_000}), 400)
     assert "lists and objects" in error["message"]
-    brackets = {"prompt": "x", "user": '["\\' * 70_000}  # in a text they are only text
+    brackets = {"prompt": "x", "nobody_reads_this": '["\\' * 70_000}  # in a text they are only text
     assert live.http.post(COMPLETIONS, json=brackets).status_code == 200
     check_error(live.http.post(COMPLETIONS, content=b'{"prompt": "' + b'[\\"' * 100_000), 400)
 
@@ -254,13 +270,6 @@ def test_a_body_over_the_limit_is_a_413(start: Callable[..., Live]) -> None:
     headers = {"content-type": "application/json"}
     check_error(live.http.post(COMPLETIONS, content=pieces(), headers=headers), 413)
     assert live.http.post(COMPLETIONS, json={"prompt": "a"}).status_code == 200
-
-
-def test_a_full_queue_is_a_429_that_says_when_to_return(live: Live) -> None:
-    live.engine.waiting = 1024
-    answer = live.http.post(COMPLETIONS, json={"prompt": "x"})
-    check_error(answer, 429)
-    assert answer.headers["retry-after"] == "1"
 
 
 def test_an_engine_that_is_not_ready_is_a_503(live: Live) -> None:

@@ -8,16 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from server.config import ServerConfig
-from tests.server.conftest import Live
+from tests.server.conftest import Live, wait_until
 from tests.server.fakes import FakeEngine
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Whether it came true in time."""
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.005)
-    return condition()
 
 
 def connect(live: Live, body: dict[str, object], path: str = "/v1/completions") -> socket.socket:
@@ -44,9 +36,11 @@ def test_a_client_that_leaves_ends_its_request_at_once(live: Live, stream: bool,
     assert all(one.produced < 100 for one in live.engine.aborted[aborted:])
 
 
-def test_a_chat_that_is_left_before_its_first_token_is_aborted(live: Live) -> None:
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_chat_that_is_left_before_its_first_token_is_aborted(live: Live, stream: bool) -> None:
     live.engine.pace = 30
-    with connect(live, {"messages": [{"role": "user", "content": "Hi"}]}, "/v1/chat/completions"):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": stream}
+    with connect(live, body, "/v1/chat/completions"):
         assert wait_until(lambda: len(live.engine.open) == 1)
     assert wait_until(lambda: not live.engine.open, 0.5)
 

@@ -1,21 +1,28 @@
 """The page that Prometheus reads."""
 
+import math
 import time
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.memory import MemoryPlan
 from engine.observer import EngineObserver, RequestRecord
+from scheduler.request import FinishReason
 from server.config import ServerConfig
 from server.metrics import HISTOGRAMS, Histogram, Metrics, Throughput
-from tests.server.conftest import Live
+from tests.server.conftest import Live, wait_until
 from tests.server.fakes import FakeEngine
+from tests.server.scripted import staged
 
 GAUGES = {
     "num_requests_running",
     "num_requests_waiting",
+    "num_queued_tokens",
     "kv_cache_usage_perc",
+    "host_kv_cache_usage_perc",
     "cache_config_info",
     "generation_throughput_toks_per_s",
     "prompt_throughput_toks_per_s",
@@ -27,6 +34,8 @@ COUNTERS = {
     "prefix_cache_hits_total",
     "num_preemptions_total",
     "request_success_total",
+    "requests_rejected_total",
+    "kv_blocks_swapped_total",
 }
 HISTOGRAM_NAMES = {
     "time_to_first_token_seconds",
@@ -56,7 +65,7 @@ def samples(page: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
 @pytest.fixture
 def metrics() -> Metrics:
     metrics = Metrics()
-    metrics.attach(FakeEngine(waiting=3), "fake")
+    metrics.attach(FakeEngine(waiting=3, queued_tokens=70), "fake")
     return metrics
 
 
@@ -75,7 +84,9 @@ def test_every_name_is_there_before_anything_happened(metrics: Metrics) -> None:
 def test_gauges_show_the_engines_state(metrics: Metrics) -> None:
     found = samples(metrics.render())
     assert found["octavo:num_requests_waiting", frozenset()] == 3
+    assert found["octavo:num_queued_tokens", frozenset()] == 70
     assert found["octavo:kv_cache_usage_perc", frozenset()] == 0.25
+    assert found["octavo:host_kv_cache_usage_perc", frozenset()] == 0.5
     assert found["octavo:cache_config_info", frozenset({("block_size", "16"), ("num_blocks", "16")})] == 1
 
 
@@ -122,6 +133,38 @@ def test_a_request_that_never_ran_has_no_times(metrics: Metrics) -> None:
     assert found["octavo:request_time_per_output_token_seconds_count", frozenset()] == 0
 
 
+@pytest.mark.parametrize("reason", get_args(FinishReason))
+def test_every_way_to_end_is_counted(metrics: Metrics, reason: FinishReason) -> None:
+    metrics.on_finish(
+        RequestRecord(index=0, finish_reason=reason, prompt_tokens=1, generated_tokens=0, e2e_seconds=1.0)
+    )
+    assert samples(metrics.render())["octavo:request_success_total", frozenset({("finished_reason", reason)})] == 1
+
+
+def test_moved_blocks_are_counted_by_direction(metrics: Metrics) -> None:
+    metrics.on_swap(out=3, back=0)
+    metrics.on_swap(out=1, back=2)
+    found = samples(metrics.render())
+    assert found["octavo:kv_blocks_swapped_total", frozenset({("direction", "out")})] == 4
+    assert found["octavo:kv_blocks_swapped_total", frozenset({("direction", "in")})] == 2
+
+
+def test_blocks_that_a_scheduler_swaps_show_on_the_page() -> None:
+    plan = MemoryPlan(num_blocks=8, num_host_blocks=16, max_model_len=128)
+    with staged(plan=plan, max_num_seqs=2) as stage:
+
+        def value(name: str, **labels: str) -> float:
+            return samples(stage.live.http.get("/metrics").content)[f"octavo:{name}", frozenset(labels.items())]
+
+        stage.model.pace = 0.002
+        stage.send(prompt=["a0", "b0"], max_tokens=100)
+        assert wait_until(lambda: value("host_kv_cache_usage_perc") > 0)
+        assert stage.drained()
+        moved = [value("kv_blocks_swapped_total", direction=direction) for direction in ("out", "in")]
+        assert moved[0] == moved[1] > 0
+        assert value("host_kv_cache_usage_perc") == 0
+
+
 def test_a_prompt_is_counted_once_however_many_answers_it_has(metrics: Metrics) -> None:
     for index in range(3):
         record = RequestRecord(index=index, finish_reason="stop", prompt_tokens=9, generated_tokens=2, e2e_seconds=1.0)
@@ -155,6 +198,24 @@ def test_throughput_is_an_average_over_ten_seconds() -> None:
     assert throughput.rates(130.0) == (5, 20)
     assert throughput.rates(135.0) == (2.5, 10)
     assert throughput.rates(150.0) == (0, 0)
+
+
+def test_a_queue_begins_at_the_pace_of_the_last_seconds() -> None:
+    throughput = Throughput()
+    assert throughput.seconds_to_begin(500, 100.0) == 0, "no pace is known yet"
+    throughput.add(prompt=100, generated=0, now=100.2)
+    assert throughput.seconds_to_begin(500, 100.4) == 5, "a pace is taken over a second at least"
+    for second in range(101, 130):
+        throughput.add(prompt=100, generated=20, now=second + 0.5)
+    assert throughput.seconds_to_begin(500, 130.0) == 5
+    assert throughput.seconds_to_begin(0, 130.0) == 0
+    assert throughput.seconds_to_begin(500, 150.0) == 0, "that was long ago"
+
+
+def test_a_queue_of_which_nothing_begins_takes_for_ever() -> None:
+    throughput = Throughput()
+    throughput.add(prompt=0, generated=50, now=100.0)
+    assert throughput.seconds_to_begin(500, 101.0) == math.inf
 
 
 def test_the_page_takes_less_than_five_milliseconds(metrics: Metrics) -> None:

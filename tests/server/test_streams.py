@@ -149,6 +149,14 @@ def test_a_failure_of_a_whole_answer_is_a_500_without_details(live: Live, path: 
     assert "/home" not in answer.text
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_a_failure_before_anything_was_sent_has_its_status(live: Live, path: str) -> None:
+    live.engine.fail_after = 0
+    answer = live.http.post(path, json={**BODIES[path], "echo": False, "stream": True})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "engine_error"
+
+
 def test_a_failure_in_mid_stream_reaches_the_official_client(live: Live) -> None:
     live.engine.fail_after = 3
     with pytest.raises(openai.APIError, match="failed in the engine"):

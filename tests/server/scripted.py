@@ -1,0 +1,139 @@
+"""The real engine and scheduler around a model that only says "A": what is ordered, delayed and refused is real."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from engine.async_engine import AsyncEngine
+from engine.config import EngineConfig
+from engine.engine_info import EngineInfo
+from engine.launch import scheduler_config
+from engine.memory import MemoryPlan
+from engine.sampler import Sample, SampleRow
+from scheduler.batch import ScheduledBatch
+from scheduler.scheduler import Scheduler
+from server.config import ServerConfig
+from tests.server.conftest import Live, running, wait_until
+from tests.server.fakes import byte_tokenizer
+
+_AMPLE = MemoryPlan(num_blocks=256, num_host_blocks=0, max_model_len=512)
+
+
+class Model:
+    """Stands for `ModelRunner`: a step waits while the gate is closed, then takes ``pace`` seconds."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.pace = 0.0
+        self.begun: list[str] = []
+        """The first two letters of each prompt, in the order in which they were first computed."""
+
+    def execute(self, batch: ScheduledBatch, rows: Sequence[SampleRow]) -> list[list[Sample]]:
+        """Everybody's next token is the same."""
+        for item in batch.items:
+            if item.start == 0 and item.sequence.num_output_tokens == 0:
+                self.begun.append(_text(item.tokens[1:3]))
+        assert self.gate.wait(10)
+        time.sleep(self.pace)
+        return [[Sample(ord("A") - ord("!"))] * item.num_samples for item in batch.items]
+
+
+def _text(tokens: Iterable[int]) -> str:
+    """What the byte tokenizer spells, of printable ASCII."""
+    return "".join(chr(token + ord("!")) for token in tokens)
+
+
+@dataclass
+class Stage:
+    """A server around the model, and clients that do not wait for their answers."""
+
+    live: Live
+    model: Model
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32))
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The step that begins in here, or is under way, does not end before the block does."""
+        self.model.gate.clear()
+        try:
+            yield
+        finally:
+            self.model.gate.set()
+
+    def post(self, *, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+        """Ask, and wait for the answer."""
+        return self.live.http.post(
+            "/v1/completions", json={"max_tokens": 1, "ignore_eos": True, **body}, headers=headers
+        )
+
+    def send(self, **request: Any) -> "Future[httpx.Response]":
+        """Ask, and go on as soon as the engine has all the prompts."""
+        prompts = request["prompt"]
+        expected = self.size + (len(prompts) if isinstance(prompts, list) else 1)
+        answer = self.pool.submit(self.post, **request)
+        assert wait_until(lambda: self.size == expected or answer.done())
+        return answer
+
+    def filled(self, size: int) -> bool:
+        """Whether the engine has, or soon gets, so many requests."""
+        return wait_until(lambda: self.size == size)
+
+    def drained(self) -> bool:
+        """Whether all is done, soon."""
+        return wait_until(lambda: self.is_idle)
+
+    @property
+    def size(self) -> int:
+        """Requests in the engine."""
+        stats = self.live.engine.stats()
+        return int(stats.num_running + stats.num_waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs, waits, holds a block, or is remembered."""
+        stats = self.live.engine.stats()
+        return self.size == stats.num_queued_tokens == stats.used_blocks == len(self.live.engine._states) == 0
+
+
+@contextlib.contextmanager
+def staged(
+    config: ServerConfig | None = None,
+    *,
+    key: str = "none",
+    plan: MemoryPlan = _AMPLE,
+    **settings: Any,
+) -> Iterator[Stage]:
+    """A server with a place for one sequence unless ``settings``, those of the engine, say otherwise."""
+    model = Model()
+    engine = _engine(EngineConfig(**{"max_num_seqs": 1, "prefix_caching": False, **settings}), plan, model)
+    with running(engine, config or ServerConfig(port=0), key) as live:
+        engine.observer = live.metrics
+        stage = Stage(live, model)
+        with stage.pool:
+            yield stage
+        assert stage.drained(), "something was left behind"
+
+
+def _engine(config: EngineConfig, plan: MemoryPlan, model: Model) -> AsyncEngine:
+    info = EngineInfo(
+        model_name="fake",
+        architecture="none",
+        dtype="none",
+        device="none",
+        threads=1,
+        vocab_size=258,
+        max_model_len=plan.max_model_len,
+        weight_bytes=0,
+        num_blocks=plan.num_blocks,
+        block_size=config.block_size,
+        kv_bytes=0,
+        load_seconds=0,
+    )
+    return AsyncEngine(config, info, byte_tokenizer(), Scheduler(scheduler_config(config, plan)), model)
