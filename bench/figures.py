@@ -1,11 +1,13 @@
 """The look of the measuring commands' pictures: one style, a row of axes, and the curves that several of them draw."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.measure import percentile
 
@@ -13,6 +15,8 @@ INK, QUIET, GRID = "#1f1f1e", "#6f6e69", "#e6e5e0"
 BLUE, AMBER, GREEN, GREY = "#1f5fa8", "#d98a3d", "#6a9a58", "#a8a69e"
 _SURFACE = "#fcfcfb"
 _POINTS_PER_CURVE = 400
+_LEAST_MS = 0.05
+"""Shorter times are drawn here: chunks that came in one read are 0 apart, which a logarithm cannot show."""
 
 
 @contextmanager
@@ -54,12 +58,24 @@ def shades(count: int) -> list[tuple[float, ...]]:
 
 
 def cumulative(axes: Axes, samples: Mapping[str, Sequence[float]], colors: Sequence[object]) -> None:
-    """The share of values at or below x, a curve per name, over a logarithmic x; drawn through quantiles."""
+    """The share of values, in ms, at or below x, a curve per name, over a logarithmic x.
+
+    Drawn through quantiles: its size does not grow with the number of samples.
+    """
+    lowest, highest = math.inf, 0.0
     shares = [100 * step / _POINTS_PER_CURVE for step in range(_POINTS_PER_CURVE + 1)]
     for (name, values), color in zip(samples.items(), colors, strict=True):
-        if ordered := sorted(values):
-            axes.plot([percentile(ordered, share) for share in shares], shares, color=color, linewidth=2, label=name)
+        ordered = sorted(max(value, _LEAST_MS) for value in values)
+        if ordered:
+            quantiles = [percentile(ordered, share) for share in shares]
+            axes.plot(quantiles, shares, color=color, linewidth=2, label=name)
+            lowest, highest = min(lowest, percentile(ordered, 1)), max(highest, ordered[-1])
     axes.set_xscale("log")
+    if highest > 0:
+        axes.set_xlim(lowest / 1.15, highest * 1.15)
+    steps = (1.0,) if highest > 50 * lowest else (1.0, 2.0, 5.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(0, 100)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")

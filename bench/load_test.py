@@ -2,19 +2,16 @@
 
 import argparse
 import asyncio
-import gc
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Never
+from typing import Any
 
-from tqdm import tqdm
-
-from bench.arrivals import Level
 from bench.client import Client, Server
-from bench.measure import RequestRecord, Run, Summary, cautions, summarize
+from bench.driving import recording, send_all, unmeasured
+from bench.measure import Run, Summary, cautions, summarize
+from bench.output import write
+from bench.progress import progress
 from bench.prompts import Prompt, request_body
 from bench.report import document, error_lines, table, write_json
 from bench.serve import Plan
@@ -79,11 +76,12 @@ async def _measure(plan: Plan, args: argparse.Namespace, session: Session) -> No
                 warmup = plan.source.draw(f"{key}/warmup", args.warmup)
                 await _warm_up(client, _bodies(warmup, plan, args, session.model), args.base_url)
                 title = level.label if args.repeats == 1 else f"{level.label} {repeat + 1}/{args.repeats}"
+                requests = list(zip(prompts, bodies, strict=True))
                 with (
-                    _recording(level.label, repeat, session) as records,
-                    _progress(title, len(bodies)) as bar,
+                    recording(level.label, repeat, session.runs) as records,
+                    progress(title, len(bodies), "req") as bar,
                 ):
-                    await _drive(level, client, list(zip(prompts, bodies, strict=True)), records, bar, key)
+                    await send_all(client, level, requests, records, bar, f"{key}/arrivals")
 
 
 def _bodies(prompts: Sequence[Prompt], plan: Plan, args: argparse.Namespace, model: str) -> list[bytes]:
@@ -98,57 +96,12 @@ def _bodies(prompts: Sequence[Prompt], plan: Plan, args: argparse.Namespace, mod
 
 async def _warm_up(client: Client, bodies: Sequence[bytes], base_url: str) -> None:
     """Send the unmeasured requests at once. Raises ConfigError when all of them fail: so would the others."""
-    records = [RequestRecord(index) for index in range(len(bodies))]
-    await asyncio.gather(*(client.send(body, record) for body, record in zip(bodies, records, strict=True)))
-    errors = [record.error for record in records if record.error is not None]
-    if errors and len(errors) == len(records):
+    errors = await unmeasured(client, bodies)
+    if errors and len(errors) == len(bodies):
         hint = ""
         if errors[0].startswith(("HTTP 400", "HTTP 422")):
             hint = " (it may want --prompt-format text, --no-ignore-eos, --no-stream-usage or shorter lengths)"
         raise ConfigError(f"the warm-up request to {base_url} failed: {errors[0]}{hint}")
-
-
-@contextmanager
-def _recording(label: str, repeat: int, session: Session) -> Iterator[list[RequestRecord]]:
-    """A list for the requests sent; when the block ends, however it ends, those that ended become a Run."""
-    sent: list[RequestRecord] = []
-    gc.collect()
-    cpu = time.process_time()
-    try:
-        yield sent
-    finally:
-        cpu = time.process_time() - cpu
-        ended = sorted((record for record in sent if _has_ended(record)), key=lambda record: record.last)
-        begin = min((record.start for record in sent), default=0.0)
-        duration = ended[-1].last - begin if ended else 0.0
-        session.runs.append(Run(label, repeat, ended, duration, cpu, interrupted=len(sent) - len(ended)))
-
-
-def _has_ended(record: RequestRecord) -> bool:
-    return record.error is not None or bool(record.chunk_times)
-
-
-async def _drive(
-    level: Level,
-    client: Client,
-    requests: Sequence[tuple[Prompt, bytes]],
-    records: list[RequestRecord],
-    bar: "tqdm[Never]",
-    key: str,
-) -> None:
-    async def send(index: int, scheduled: float | None) -> None:
-        prompt, body = requests[index]
-        record = RequestRecord(index, scheduled=scheduled, prompt_tokens=prompt.length, asked_tokens=prompt.output_len)
-        records.append(record)
-        await client.send(body, record)
-        bar.update()
-
-    await level.drive(send, len(requests), f"{key}/arrivals")
-
-
-def _progress(title: str, total: int) -> "tqdm[Never]":
-    """A bar on stderr; none when that is not a terminal."""
-    return tqdm(total=total, desc=title, unit="req", file=sys.stderr, disable=None, leave=False, mininterval=0.25)
 
 
 def _report(plan: Plan, args: argparse.Namespace, session: Session, runs: Sequence[Run]) -> None:
@@ -162,17 +115,8 @@ def _report(plan: Plan, args: argparse.Namespace, session: Session, runs: Sequen
     for line in error_lines(runs):
         print(line, file=sys.stderr)
     if args.json:
-        _write(args.json, lambda: write_json(args.json, document(args, session, plan.objective, summaries, runs)))
+        write(args.json, lambda path: write_json(path, document(args, session, plan.objective, summaries, runs)))
     if args.plot:
         from bench.plot import draw  # matplotlib takes half a second to import
 
-        _write(args.plot, lambda: draw(args.plot, by_level, title=args.label or session.model))
-
-
-def _write(path: str, write: Callable[[], None]) -> None:
-    """Write a file; a failure is one line for the user, after the table that was already printed."""
-    try:
-        write()
-    except (OSError, ValueError) as error:
-        raise OctavoError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
-    print(f"wrote {path}")
+        write(args.plot, lambda path: draw(path, by_level, title=args.label or session.model))

@@ -1,20 +1,15 @@
 """What the measuring commands share in showing and keeping their findings: a table, a JSON document, a file written."""
 
 import argparse
-import os
 import platform
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import PurePath
 from typing import Any
 
-from bench.report import FORMAT_VERSION, write_json
+from bench.invocation import Declare, command_line, public_arguments
+from bench.report import FORMAT_VERSION, machine, write_json
 from engine.errors import ConfigError, OctavoError
-
-Declare = Callable[[argparse.ArgumentParser], None]
-"""A command's ``add_arguments``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, plot: str) -> None:
@@ -66,28 +61,16 @@ def figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
-def command_line(name: str, declare: Declare, args: argparse.Namespace) -> str:
-    """The shortest command that does the same; files appear without their folders."""
-    words = ["octavo", "bench", name]
-    defaults = _defaults(declare)
-    for key, value in _arguments(declare, args).items():
-        flag = "--" + key.replace("_", "-")
-        if isinstance(value, bool) and value != defaults[key]:
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif value != defaults[key]:
-            words += [flag, str(value)]
-    return shlex.join(words)
-
-
 def document(name: str, declare: Declare, args: argparse.Namespace, findings: Mapping[str, Any]) -> dict[str, Any]:
     """The findings and how they came about, ready for JSON."""
+    arguments = public_arguments(declare, args, ("json", "plot"))
     return {
         "format": FORMAT_VERSION,
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(name, declare, args),
-        "arguments": _arguments(declare, args),
+        "command": command_line(name, declare, arguments),
+        "arguments": arguments,
         "versions": {"octavo": metadata.version("octavo"), "python": platform.python_version()},
-        "machine": {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()},
+        "machine": machine(),
         **findings,
     }
 
@@ -95,25 +78,15 @@ def document(name: str, declare: Declare, args: argparse.Namespace, findings: Ma
 def save(args: argparse.Namespace, contents: Mapping[str, Any], draw: Callable[[str], None]) -> None:
     """Write the files that were asked for. Raises OctavoError where one cannot be written."""
     if args.json:
-        _write(args.json, lambda path: write_json(path, contents))
+        write(args.json, lambda path: write_json(path, contents))
     if args.plot:
-        _write(args.plot, draw)
+        write(args.plot, draw)
 
 
-def _write(path: str, write: Callable[[str], None]) -> None:
+def write(path: str, fill: Callable[[str], None]) -> None:
+    """Write a file. A failure is an OctavoError, one line for the user, after the table that was already printed."""
     try:
-        write(path)
+        fill(path)
     except (OSError, ValueError) as error:
         raise OctavoError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     print(f"wrote {path}")
-
-
-def _defaults(declare: Declare) -> dict[str, Any]:
-    parser = argparse.ArgumentParser()
-    declare(parser)
-    return vars(parser.parse_args([]))
-
-
-def _arguments(declare: Declare, args: argparse.Namespace) -> dict[str, Any]:
-    shown = {name: getattr(args, name) for name in _defaults(declare)}
-    return {**shown, **{name: PurePath(shown[name]).name for name in ("json", "plot") if shown[name]}}

@@ -106,11 +106,7 @@ def document(
             "aiohttp": _version("aiohttp"),
             "python": platform.python_version(),
         },
-        "client_machine": {
-            "system": platform.system(),
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-        },
+        "client_machine": machine(),
         "server": {"base_url": args.base_url, "model": findings.model, "version": findings.server_version},
         "interrupted": findings.interrupted,
         "goodput_objective_ms": dict(objective),
@@ -142,6 +138,11 @@ def _request(record: RequestRecord, begin: float) -> dict[str, Any]:
         "output_tokens": record.output_tokens,
         "error": record.error,
     }
+
+
+def machine() -> dict[str, Any]:
+    """Where this runs."""
+    return {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()}
 
 
 def _version(package: str) -> str | None:

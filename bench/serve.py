@@ -3,12 +3,11 @@
 import argparse
 import json
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
+from bench import invocation
 from bench.arrivals import Level, parse_concurrency, parse_rate
 from bench.extras import require
 from bench.measure import OBJECTIVES
@@ -192,28 +191,13 @@ def _extra_body(text: str) -> dict[str, Any]:
 
 def public_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The command's arguments as a report may show them: no key, and files by their names alone."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    shown = {name: getattr(args, name) for name in vars(parser.parse_args([]))}
-    files = {name: PurePath(shown[name]).name for name in ("prompts", "json", "plot") if shown[name]}
-    return {**shown, **files, "api_key": "***" if args.api_key else None}
+    shown = invocation.public_arguments(add_arguments, args, ("prompts", "json", "plot"))
+    return {**shown, "api_key": "***" if args.api_key else None}
 
 
 def command_line(args: argparse.Namespace) -> str:
     """The shortest command that does the same, as a report may show it."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    defaults = vars(parser.parse_args([]))
-    words = ["octavo", "bench", "serve"]
-    for name, value in public_arguments(args).items():
-        flag = name.replace("_", "-")
-        if value == defaults[name]:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", str(value)]
-    return shlex.join(words)
+    return invocation.command_line("serve", add_arguments, public_arguments(args))
 
 
 def run(args: argparse.Namespace) -> int:

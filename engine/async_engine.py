@@ -317,7 +317,7 @@ class AsyncEngine:
         found = 0
         for item, group in zip(batch.items, samples, strict=True):
             beam = item.sequence
-            if not (group and beam.parked and beam.request.beam_width):
+            if not beam.parked:
                 continue
             state = self._states[beam.request.request_id]
             assert state.beams is not None

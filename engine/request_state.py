@@ -130,7 +130,7 @@ class RequestState:
         for continuation, one in zip(self._continuations, found, strict=True):
             texts = [continuation.text.push(token, may_stop=False).text for token in one.tokens]
             text = "".join(texts) + continuation.text.finish().text
-            for _ in one.tokens[:1]:
+            if one.tokens:
                 self._observe_token(continuation, now, observer)
             continuation.num_tokens = len(one.tokens)
             logprobs = [TokenLogprob(*pair, top=()) for pair in zip(one.tokens, one.logprobs, strict=True)]

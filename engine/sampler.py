@@ -130,18 +130,9 @@ def _logprobs(logits: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int]) 
     asked = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
     if not asked:
         return {}
-    logprobs = logits[asked].float().log_softmax(dim=-1)
-    width = max(rows[index].params.logprobs or 0 for index in asked)
-    values, ids = (part.tolist() for part in logprobs.topk(width, dim=-1))
+    logprobs, top = _most_likely(logits, asked, [rows[index].params.logprobs or 0 for index in asked])
     own = logprobs.gather(1, torch.tensor([[tokens[index]] for index in asked], device=logits.device)).tolist()
-    return {
-        index: TokenLogprob(
-            token_id=tokens[index],
-            logprob=own[i][0],
-            top=tuple(zip(ids[i], values[i], strict=True))[: rows[index].params.logprobs],
-        )
-        for i, index in enumerate(asked)
-    }
+    return {index: TokenLogprob(token_id=tokens[index], logprob=own[i][0], top=top[i]) for i, index in enumerate(asked)}
 
 
 def _best(logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, tuple[Candidate, ...]]:
@@ -149,12 +140,17 @@ def _best(logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, tuple[Candidat
     beams = [index for index, row in enumerate(rows) if row.num_candidates]
     if not beams:
         return {}
-    logprobs = logits[beams].float().log_softmax(dim=-1)
-    width = min(max(rows[index].num_candidates for index in beams), logits.shape[-1])
-    values, ids = (part.tolist() for part in logprobs.topk(width, dim=-1))
-    return {
-        index: tuple(zip(ids[i], values[i], strict=True))[: rows[index].num_candidates] for i, index in enumerate(beams)
-    }
+    _, top = _most_likely(logits, beams, [rows[index].num_candidates for index in beams])
+    return dict(zip(beams, top, strict=True))
+
+
+def _most_likely(
+    logits: Tensor, chosen: Sequence[int], counts: Sequence[int]
+) -> tuple[Tensor, list[tuple[Candidate, ...]]]:
+    """Log-probabilities [len(chosen), vocab], float32, of the chosen rows, and each row's ``counts`` best tokens."""
+    logprobs = logits[chosen].float().log_softmax(dim=-1)
+    values, ids = (part.tolist() for part in logprobs.topk(min(max(counts), logits.shape[-1]), dim=-1))
+    return logprobs, [tuple(zip(ids[i], values[i], strict=True))[:count] for i, count in enumerate(counts)]
 
 
 def _is_filtered(params: SamplingParams) -> bool:

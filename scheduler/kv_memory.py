@@ -59,25 +59,23 @@ class KVMemory:
 
     def blocks_needed(self, sequence: Sequence, num_tokens: int) -> int:
         """Free blocks that its next ``num_tokens`` tokens take, one for a copy-on-write included."""
-        table, start = sequence.block_table, sequence.num_computed_tokens
-        first = start // self.block_size
-        copies = first < len(table) and self.device.ref_count(table[first]) > 1
-        return -(-(start + num_tokens) // self.block_size) - len(table) + copies
+        end = sequence.num_computed_tokens + num_tokens
+        return self._num_blocks(end) - len(sequence.block_table) + self._writes_shared(sequence)
 
     def missing_blocks(self, sequence: Sequence) -> int:
         """Blocks that it will still ask for before all tokens it has now are computed."""
-        return -(-len(sequence.tokens) // self.block_size) - len(sequence.block_table)
+        return self._num_blocks(len(sequence.tokens)) - len(sequence.block_table)
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Give it the blocks of its next ``num_tokens`` tokens; as many as `blocks_needed` are free."""
         table, start = sequence.block_table, sequence.num_computed_tokens
         end, first = start + num_tokens, start // self.block_size
-        if first < len(table) and self.device.ref_count(table[first]) > 1:  # copy-on-write
+        if self._writes_shared(sequence):  # copy-on-write
             (block,) = self._allocate(1)
             self._copies.append((table[first], block))
             self.device.release([table[first]])
             table[first] = block
-        missing = -(-end // self.block_size) - len(table)
+        missing = self._num_blocks(end) - len(table)
         if missing:
             table.extend(self._allocate(missing))
         if end // self.block_size != first:
@@ -97,7 +95,7 @@ class KVMemory:
         kept = self._swapped(sequence) if swapped else self._cached(sequence)
         shared = [block for block, in_host in kept if not in_host]
         num_free = self.device.num_free - sum(self.device.ref_count(block) == 0 for block in shared) - spare
-        if -(-sequence.num_tokens // self.block_size) - len(shared) > num_free:
+        if self._num_blocks(sequence.num_tokens) - len(shared) > num_free:
             return False
         self.device.share(shared)
         if swapped:
@@ -107,20 +105,20 @@ class KVMemory:
             sequence.num_computed_tokens = len(kept) * self.block_size
             self._hold([block for block, in_host in kept if in_host])
         fetched = iter(self._allocate(len(kept) - len(shared)))
-        for index, (block, in_host) in enumerate(kept):
+        for block, in_host in kept:
             if in_host:
                 target = next(fetched)
                 self._back.append((block, target))
                 sequence.block_table.append(target)
-                if (index + 1) * self.block_size <= sequence.num_computed_tokens:
-                    self._publish(sequence, index, index + 1)
             else:
                 sequence.block_table.append(block)
+        if len(shared) < len(kept):
+            self._publish(sequence, 0, sequence.num_computed_tokens // self.block_size)
         return True
 
     def swap_out(self, sequence: Sequence) -> bool:
         """Move all that it has to the host tier, where it stays until it comes back. False if there is no room."""
-        count = -(-sequence.num_computed_tokens // self.block_size)
+        count = self._num_blocks(sequence.num_computed_tokens)
         if self.host is None or count == 0:
             return False
         keys = self._keys(sequence, sequence.num_computed_tokens // self.block_size)
@@ -151,6 +149,15 @@ class KVMemory:
         sequence.num_computed_tokens = 0
 
     # the parts
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        """Blocks that so many tokens take."""
+        return -(-num_tokens // self.block_size)
+
+    def _writes_shared(self, sequence: Sequence) -> bool:
+        """Whether the block that its next token goes to is there already, and others hold it too."""
+        index, table = sequence.num_computed_tokens // self.block_size, sequence.block_table
+        return index < len(table) and self.device.ref_count(table[index]) > 1
 
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
         return sequence.block_keys(count, self.block_size) if self._prefix_caching else []
@@ -185,7 +192,7 @@ class KVMemory:
         return None if block is None else (block, True)
 
     def _publish(self, sequence: Sequence, first: int, last: int) -> None:
-        """Enter blocks ``first`` … ``last`` − 1 of the table, which this step fills, into the prefix index.
+        """Enter blocks ``first`` … ``last`` − 1 of the table, which this step fills or fetches, into the prefix index.
 
         That is done before they are computed: within a layer all KV is written before any is read, so a sequence
         admitted later in the same step may share them already.

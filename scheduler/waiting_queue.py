@@ -47,9 +47,6 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._members)
 
-    def __contains__(self, request: Request) -> bool:
-        return request in self._members
-
     @property
     def oldest(self) -> Request | None:
         """The one that came first, whoever is served next."""

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.config import boolean, check, choice, integer, memory, number, path, setting, text, texts
+from engine.config import check, setting
+from engine.setting_values import boolean, choice, integer, memory, number, path, text, texts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

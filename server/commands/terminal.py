@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-from engine.config import integer, number, setting, text
+from engine.config import setting
 from engine.errors import ConfigError
 from engine.sampling_params import SamplingParams
+from engine.setting_values import integer, number, text
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import EngineConfig, add_flags, load, load_all, memory, read_file
+from engine.config import EngineConfig, add_flags, load, load_all, read_file
 from engine.errors import ConfigError
+from engine.setting_values import memory
 from server.config import ServerConfig
 
 
