@@ -131,7 +131,7 @@ struct Fetcher {
     void fetch_some() {
         for (int i = 0; i < 2 && next < end; ++i, ++next)
             for (int64_t byte = 0; byte < row_bytes; byte += kCacheLine)
-                __builtin_prefetch(reinterpret_cast<const char*>(*next) + byte);
+                __builtin_prefetch(reinterpret_cast<const char*>(*next) + byte, 0, 2);
     }
 };
 
@@ -170,21 +170,28 @@ struct Product {
 // One register block of a product: R rows and N vectors of columns, from `column` on.
 template <class Math, bool kAdd, int R, int N>
 inline void multiply_block(const Product<Math>& p, int column, Fetcher<typename Math::Stored>& fetcher) {
-    Floats sums[R][N];
+    Floats sums[R][N];  // kept in registers only if every loop over it is unrolled
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int n = 0; n < N; ++n)
             sums[r][n] = kAdd ? load(p.out + r * p.out_stride + column + n * kLanes) : Floats{};
     const typename Math::Factor* right = p.right + column * Math::kPack;
     for (int k = 0; k < p.depth; k += Math::kPack, right += p.right_stride * Math::kPack) {
         fetcher.fetch_some();
         typename Math::Vector columns[N];
+#pragma GCC unroll 4
         for (int n = 0; n < N; ++n) columns[n] = Math::load_right(right + n * kLanes * Math::kPack);
+#pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
             const typename Math::Vector row = Math::broadcast_left(p.left + r * p.left_stride + k);
+#pragma GCC unroll 4
             for (int n = 0; n < N; ++n) sums[r][n] = Math::multiply_add(sums[r][n], row, columns[n]);
         }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int n = 0; n < N; ++n) store(p.out + r * p.out_stride + column + n * kLanes, sums[r][n]);
 }
 
