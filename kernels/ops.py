@@ -20,8 +20,10 @@ from kernels.reference.paged_attention import paged_attention as reference_paged
 from kernels.reference.rms_norm import rms_norm as reference_rms_norm
 from kernels.reference.rotary_embedding import rotary_embedding as reference_rotary_embedding
 from kernels.reference.silu_and_mul import silu_and_mul as reference_silu_and_mul
+from kernels.sinks import Sinks
 
 __all__ = [
+    "Sinks",
     "kv_write",
     "linear",
     "load",
@@ -78,6 +80,7 @@ def paged_attention(
     seq_lens: Tensor,
     scale: float,
     window: int | None = None,
+    sinks: Sinks | None = None,
 ) -> Tensor:
     """Causal attention of variable-length queries over the paged cache, in which this step's keys already lie.
 
@@ -85,14 +88,19 @@ def paged_attention(
     int32: block_tables [B, M], of which entries that a sequence does not need may hold anything; query_start [B + 1],
     where each sequence's rows of q begin, and there may be none; seq_lens [B], its keys, this step's included. Query i
     of sequence b stands at position p = seq_lens[b] - (query_start[b+1] - query_start[b]) + i and sees key j if j ≤ p
-    and, with a window, p - j < window. Query head h reads KV head h // (Hq / Hkv).
+    and, with a window, p - j < window. Query head h reads KV head h // (Hq / Hkv). `sinks` sets further windows,
+    sequence by sequence, and the first slots that are seen through them.
 
     Returns contiguous [T, Hq, D] in q's dtype, accumulated in float32. Slots that no query of a sequence sees are not
     used, whatever they hold. Raises IndexError if a needed block does not exist.
     """
     if (ops := _native_for(q)) is not None:
-        return ops.paged_attention(q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window)
-    return reference_paged_attention(q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window)
+        return ops.paged_attention(
+            q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks
+        )
+    return reference_paged_attention(
+        q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks
+    )
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -110,10 +110,15 @@ class Attention {
   private:
     int64_t token_of(int64_t row) const { return tile_.first + row / group_; }
     int64_t head_of(int64_t row) const { return tile_.head * group_ + row % group_; }
+    int64_t first_visible(int64_t position) const {
+        return item_.at_sinks ? 0 : call_.first_visible(tile_.sequence, position);
+    }
 
     void start() {
         for (int64_t row = 0; row < rows_; ++row) {
-            const T* query = call_.q + token_of(row) * call_.q_token_stride + head_of(row) * call_.q_head_stride;
+            const T* query = item_.at_sinks
+                ? call_.sink_q + token_of(row) * call_.sink_q_token_stride + head_of(row) * call_.sink_q_head_stride
+                : call_.q + token_of(row) * call_.q_token_stride + head_of(row) * call_.q_head_stride;
             Math::copy_row(scratch_.queries.data() + row * padded_, query, call_.dims, padded_);
             scratch_.maxima[row] = kNothing;
         }
@@ -125,7 +130,7 @@ class Attention {
     void attend(int64_t row, int rows, int64_t begin, int keys, Fetcher<T>& fetcher) {
         const int64_t first = call_.position(tile_.sequence, token_of(row));
         const int64_t last = call_.position(tile_.sequence, token_of(row + rows - 1));
-        if (last < begin || call_.first_visible(first) >= begin + kKeys) return;  // all hidden
+        if (last < begin || first_visible(first) >= begin + kKeys) return;  // all hidden
         const int dims = static_cast<int>(padded_);
         const typename Math::Factor* queries = scratch_.queries.data() + row * dims;
         float *scores = scratch_.scores[0], *sums = scratch_.sums.data() + row * dims;
@@ -138,7 +143,7 @@ class Attention {
     // Turns row r of the scores into probabilities relative to the row's maximum so far; rescales its sums if that rose.
     void soften(int64_t row, int r, int64_t begin) {
         const int64_t position = call_.position(tile_.sequence, token_of(row));
-        const int64_t low = std::max(call_.first_visible(position), item_.key_begin) - begin;
+        const int64_t low = std::max(first_visible(position), item_.key_begin) - begin;
         const int64_t high = std::min(position + 1, item_.key_end) - begin;
         constexpr int kVectors = kKeys / kLanes;
         Floats scores[kVectors], most = splat(kNothing);

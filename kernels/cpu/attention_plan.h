@@ -2,7 +2,8 @@
 //
 // An item is one sequence, one KV head, a tile of its query rows (tokens × the query heads that share the KV head) and a
 // range of keys. Where items would be too few to occupy every thread (decoding few sequences), key ranges are split, and
-// the parts merged by their log-sum-exp (Flash-Decoding, Dao et al. 2023).
+// the parts merged by their log-sum-exp (Flash-Decoding, Dao et al. 2023). Attention sinks are met by other queries than
+// the rest of the keys, so they are a part of their own.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +24,8 @@ int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step
 // Query tokens [first, last) of a sequence at one KV head: their result comes from one item, or from several parts.
 struct QueryTile {
     int64_t sequence, head, first, last;
-    int64_t key_begin, key_end;
+    int64_t sinks;               // keys [0, sinks) are met by the sinks' queries,
+    int64_t key_begin, key_end;  // and these by the others
     int64_t keys() const { return key_end - key_begin; }
 };
 
@@ -32,6 +34,7 @@ struct Item {
     const QueryTile* tile;
     int64_t key_begin, key_end;
     float* part;  // where to leave an unfinished result, or null if this is the tile's only item
+    bool at_sinks;
 };
 
 // The arguments; kernels/cpu/native.py packs them in this order. Strides are in elements.
@@ -47,6 +50,9 @@ struct Call {
     int64_t sequences, q_heads, kv_heads, dims, block_size, num_blocks, table_blocks;
     double scale;
     int64_t window;  // 0: none
+    const int32_t *windows, *sinks;  // of each sequence, or null
+    const T* sink_q;
+    int64_t sink_q_token_stride, sink_q_head_stride;
 
     int64_t group() const { return q_heads / kv_heads; }
     int64_t padded_dims() const { return round_up(dims, kGranule); }
@@ -57,7 +63,12 @@ struct Call {
     int64_t position(int64_t sequence, int64_t token) const {
         return seq_lens[sequence] - query_start[sequence + 1] + token;
     }
-    int64_t first_visible(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
+    // The first key that a query at this position sees, sinks apart.
+    int64_t first_visible(int64_t sequence, int64_t position) const {
+        int64_t seen = window ? window : kAll;
+        if (windows && windows[sequence] > 0) seen = std::min<int64_t>(seen, windows[sequence]);
+        return seen <= position ? position - seen + 1 : 0;
+    }
 };
 
 // All tiles of a call, the longest first so that no thread is left with a long one at the end.
@@ -69,9 +80,12 @@ std::vector<QueryTile> make_tiles(const Call<T>& call) {
         const int64_t end = call.query_start[s + 1];
         for (int64_t first = call.query_start[s]; first < end; first += tile_tokens) {
             const int64_t last = std::min(first + tile_tokens, end);
-            const int64_t key_begin = call.first_visible(call.position(s, first)), key_end = call.position(s, last);
+            const int64_t key_end = call.position(s, last);
+            const int64_t sinks = call.sinks ? std::clamp<int64_t>(call.sinks[s], 0, key_end) : 0;
+            const int64_t visible = call.first_visible(s, call.position(s, first));
+            const int64_t key_begin = std::clamp(visible, sinks, key_end);
             for (int64_t head = 0; head < call.kv_heads; ++head)
-                tiles.push_back({s, head, first, last, key_begin, key_end});
+                tiles.push_back({s, head, first, last, sinks, key_begin, key_end});
         }
     }
     std::stable_sort(tiles.begin(), tiles.end(), [](const QueryTile& a, const QueryTile& b) { return a.keys() > b.keys(); });
@@ -104,21 +118,26 @@ struct Plan {
     Plan(const Call<T>& call, const std::vector<QueryTile>& tiles, int64_t share) {
         int64_t size = 0;
         for (const QueryTile& tile : tiles)
-            if (tile.keys() > share) size += parts_of(tile, share) * call.part_size(tile);
+            if (const int64_t count = parts_of(tile, share); count > 1) size += count * call.part_size(tile);
         parts.resize(size);
         float* next = parts.data();
         for (const QueryTile& tile : tiles) {
-            if (tile.keys() <= share) {
-                items.push_back({&tile, tile.key_begin, tile.key_end, nullptr});
-                continue;
-            }
-            merges.push_back({&tile, next, parts_of(tile, share)});
-            for (int64_t begin = tile.key_begin; begin < tile.key_end; begin += share, next += call.part_size(tile))
-                items.push_back({&tile, begin, std::min(begin + share, tile.key_end), next});
+            const int64_t count = parts_of(tile, share), step = count > 1 ? call.part_size(tile) : 0;
+            if (count > 1) merges.push_back({&tile, next, count});
+            const auto add = [&](int64_t begin, int64_t end, bool at_sinks) {
+                items.push_back({&tile, begin, end, count > 1 ? next : nullptr, at_sinks});
+                next += step;
+            };
+            if (tile.sinks) add(0, tile.sinks, true);
+            for (int64_t begin = tile.key_begin; begin < tile.key_end; begin += std::min(share, tile.key_end - begin))
+                add(begin, std::min(share, tile.key_end - begin) + begin, false);
         }
     }
 
-    static int64_t parts_of(const QueryTile& tile, int64_t share) { return (tile.keys() + share - 1) / share; }
+    // How many items make up a tile: its sinks, and its other keys, `share` at a time.
+    static int64_t parts_of(const QueryTile& tile, int64_t share) {
+        return (tile.sinks > 0) + tile.keys() / share + (tile.keys() % share > 0);
+    }
 };
 
 }  // namespace

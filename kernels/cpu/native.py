@@ -14,18 +14,22 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kernels.sinks import Sinks
+
 DTYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 # The fields of each Arguments struct in the .cpp files: q for pointers and integers, d for doubles.
 _RMS_NORM: Final = struct.Struct("3q 3q 2q 3q d")
 _ROTARY_EMBEDDING: Final = struct.Struct("4q 4q 2q 2q 2q")
 _KV_WRITE: Final = struct.Struct("3q 3q 2q q 5q")
-_PAGED_ATTENTION: Final = struct.Struct("3q 2q 2q 2q q 7q d q")
+_PAGED_ATTENTION: Final = struct.Struct("3q 2q 2q 2q q 7q d q 5q")
 _SILU_AND_MUL: Final = struct.Struct("2q q 2q")
 _LINEAR: Final = struct.Struct("2q 3q 3q")
 _PACK_LINEAR: Final = struct.Struct("2q 2q")
 
 Function = Callable[[bytes], int]
+
+_NO_SINKS: Final = 0, 0, 0, 0, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +132,7 @@ class NativeOps:
         seq_lens: Tensor,
         scale: float,
         window: int | None,
+        sinks: Sinks | None = None,
     ) -> Tensor:
         _, q_heads, dims = shape = q.shape
         blocks, kv_heads, block_size, cache_dims = key_cache.shape
@@ -155,6 +160,7 @@ class NativeOps:
                 q.data_ptr(), q_token, q_head, key_cache.data_ptr(), value_cache.data_ptr(),
                 block_tables.data_ptr(), table_stride, query_start.data_ptr(), seq_lens.data_ptr(), out.data_ptr(),
                 sequences, q_heads, kv_heads, dims, block_size, blocks, table_blocks, scale, window or 0,
+                *(_NO_SINKS if sinks is None else _sinks(sinks, q, sequences)),
             )
         )  # fmt: skip
         if not sound:
@@ -209,6 +215,17 @@ def _bind(library: ctypes.CDLL, name: str) -> Function:
 
 def _bind_each(library: ctypes.CDLL, name: str) -> dict[torch.dtype, Function]:
     return {dtype: _bind(library, f"{name}_{suffix}") for dtype, suffix in DTYPES.items()}
+
+
+def _sinks(sinks: Sinks, q: Tensor, sequences: int) -> tuple[int, int, int, int, int]:
+    """Pointers to the windows, the counts and the queries of the sinks, and the latter's strides."""
+    token, head, step = sinks.q.stride()
+    for limits in (sinks.windows, sinks.counts):
+        if limits.dtype is not torch.int32 or limits.shape != (sequences,) or not limits.is_contiguous():
+            raise ValueError(f"paged_attention: limits {_describe(limits)} do not fit {sequences} sequences")
+    if sinks.q.shape != q.shape or sinks.q.dtype is not q.dtype or step != 1:
+        raise ValueError(f"paged_attention: the sinks' q {_describe(sinks.q)} does not fit q {_describe(q)}")
+    return sinks.windows.data_ptr(), sinks.counts.data_ptr(), sinks.q.data_ptr(), token, head
 
 
 def _are_contiguous(*tensors: Tensor) -> bool:

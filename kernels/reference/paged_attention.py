@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kernels.sinks import Sinks
+
 QUERIES_AT_ONCE = 256
 """Bounds the score matrix: 256 queries × 32 heads × 8192 keys are 256 MiB in float32."""
 
@@ -16,37 +18,48 @@ def paged_attention(
     seq_lens: Tensor,
     scale: float,
     window: int | None = None,
+    sinks: Sinks | None = None,
 ) -> Tensor:
     """Attend each query to its own sequence's past, in float32; see `kernels.ops.paged_attention`."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     for b, length in enumerate(lengths):
+        seen, num_sinks = _limits(window, sinks, b, length)
         for first in range(starts[b], starts[b + 1], QUERIES_AT_ONCE):
             last = min(first + QUERIES_AT_ONCE, starts[b + 1])
             stop = length - (starts[b + 1] - last)  # one past the last query's position
             positions = torch.arange(stop - (last - first), stop, device=q.device)
-            begin = 0 if window is None else max(0, stop - (last - first) - window + 1)
+            begin = max(0, stop - (last - first) - seen + 1)
             slots = torch.arange(begin, stop, device=q.device)
+            if num_sinks:
+                slots = torch.cat([torch.arange(min(num_sinks, begin), device=q.device), slots])
             keys = _gather(key_cache, block_tables[b], slots)
             values = _gather(value_cache, block_tables[b], slots)
-            out[first:last] = _attend(q[first:last], keys, values, positions, slots, scale, window)
+            scores = score(q[first:last], keys, scale)
+            if sinks is not None and num_sinks:
+                at_sinks = score(sinks.q[first:last], keys, scale)
+                scores = torch.where(slots < num_sinks, at_sinks, scores)
+            distance = positions[:, None] - slots[None, :]
+            hidden = (distance < 0) | ((distance >= seen) & (slots >= num_sinks))
+            scores = scores.masked_fill_(hidden, float("-inf"))
+            out[first:last] = torch.einsum("hgql,lhd->qhgd", scores.softmax(dim=-1), values).flatten(1, 2)
     return out
+
+
+def score(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Each query of q [Q, Hq, D] times each key of its head in keys [L, Hkv, D], float32: [Hkv, Hq/Hkv, Q, L]."""
+    grouped = q.to(torch.float32).unflatten(1, (keys.shape[1], q.shape[1] // keys.shape[1]))
+    return torch.einsum("qhgd,lhd->hgql", grouped, keys) * scale
+
+
+def _limits(window: int | None, sinks: Sinks | None, b: int, length: int) -> tuple[int, int]:
+    """The narrowest window of sequence b and its sinks; a window that hides nothing is as long as the sequence."""
+    own = 0 if sinks is None else int(sinks.windows[b])
+    seen = min(window or length, own or length)
+    return seen, 0 if sinks is None else int(sinks.counts[b])
 
 
 def _gather(cache: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     """The cached heads at `positions` [L] of one sequence, as float32 [L, Hkv, D]; reads no other slot."""
     block_size = cache.shape[2]
     return cache[table[positions // block_size].long(), :, positions % block_size].to(torch.float32)
-
-
-def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, key_positions: Tensor, scale: float, window: int | None
-) -> Tensor:
-    """Masked softmax attention of q [Q, Hq, D] over keys and values [L, Hkv, D]: float32 [Q, Hq, D]."""
-    group = q.shape[1] // keys.shape[1]
-    grouped = q.to(torch.float32).unflatten(1, (keys.shape[1], group))
-    scores = torch.einsum("qhgd,lhd->hgql", grouped, keys) * scale
-    distance = positions[:, None] - key_positions[None, :]
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    probabilities = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
-    return torch.einsum("hgql,lhd->qhgd", probabilities, values).flatten(1, 2)

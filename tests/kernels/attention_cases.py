@@ -4,9 +4,12 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from kernels.sinks import Sinks
 
 
 @dataclass(frozen=True)
@@ -21,16 +24,29 @@ class AttentionCase:
     seq_lens: Tensor
     scale: float
     window: int | None
+    sinks: Sinks | None = None
 
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None]:
+    def arguments(self) -> tuple[Any, ...]:
         return (
             self.q, self.key_cache, self.value_cache, self.block_tables, self.query_start, self.seq_lens, self.scale,
-            self.window,
+            self.window, self.sinks,
         )  # fmt: skip
 
     def in_float32(self) -> "AttentionCase":
         """The same values, for an oracle without rounding."""
-        return replace(self, q=self.q.float(), key_cache=self.key_cache.float(), value_cache=self.value_cache.float())
+        return replace(
+            self,
+            q=self.q.float(),
+            key_cache=self.key_cache.float(),
+            value_cache=self.value_cache.float(),
+            sinks=None if self.sinks is None else self.sinks._replace(q=self.sinks.q.float()),
+        )
+
+    def limits(self, b: int) -> tuple[int, int]:
+        """Sequence b's window, longer than the sequence where nothing is hidden, and its sinks."""
+        length = int(self.seq_lens[b]) + 1
+        own, count = (0, 0) if self.sinks is None else (int(self.sinks.windows[b]), int(self.sinks.counts[b]))
+        return min(self.window or length, own or length), count
 
     def with_absolute_values(self) -> "AttentionCase":
         """Attention over |V|: what an output's rounding errors are proportional to."""
@@ -46,8 +62,12 @@ def make_case(
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
     window: int | None = None,
+    limits: Sequence[tuple[int, int]] | None = None,
 ) -> AttentionCase:
-    """A case with sequences of (queries, keys): q a strided view, spare cache slots NaN, spare table entries huge."""
+    """A case with sequences of (queries, keys): q a strided view, spare cache slots NaN, spare table entries huge.
+
+    ``limits`` are each sequence's own window (0: none) and sinks.
+    """
     needs = [-(-keys // block_size) for _, keys in lengths]
     blocks = torch.randperm(sum(needs) + 2)[: sum(needs)].tolist()
     caches = [torch.full((sum(needs) + 2, kv_heads, block_size, dims), math.nan) for _ in range(2)]
@@ -55,14 +75,19 @@ def make_case(
     for b, (queries, keys) in enumerate(lengths):
         mine = [blocks.pop() for _ in range(needs[b])]
         tables[b, : needs[b]] = torch.tensor(mine, dtype=torch.int32)
-        first = 0 if window is None else max(0, keys - queries - window + 1)
-        for position in range(first if queries else keys, keys):
+        own, num_sinks = limits[b] if limits else (0, 0)
+        first = max(0, keys - queries - min(window or keys, own or keys) + 1)
+        for position in {*range(min(num_sinks, keys)), *range(first, keys)} if queries else ():
             for cache in caches:
                 cache[mine[position // block_size], :, position % block_size] = torch.randn(kv_heads, dims)
     starts = torch.tensor([0] + [queries for queries, _ in lengths]).cumsum(0)
-    fused = torch.randn(int(starts[-1]), kv_heads * (group + 2), dims).to(dtype)
+    fused = torch.randn(2, int(starts[-1]), kv_heads * (group + 2), dims).to(dtype)
+    sinks = None
+    if limits is not None:
+        windows, counts = torch.tensor(limits, dtype=torch.int32).unbind(1)
+        sinks = Sinks(windows.contiguous(), counts.contiguous(), fused[1, :, 1 : 1 + kv_heads * group])
     return AttentionCase(
-        q=fused[:, : kv_heads * group],
+        q=fused[0, :, : kv_heads * group],
         key_cache=caches[0].to(dtype),
         value_cache=caches[1].to(dtype),
         block_tables=tables,
@@ -70,6 +95,7 @@ def make_case(
         seq_lens=torch.tensor([keys for _, keys in lengths], dtype=torch.int32),
         scale=1 / math.sqrt(dims),
         window=window,
+        sinks=sinks,
     )
 
 
@@ -79,6 +105,7 @@ def random_case(rng: random.Random, dtype: torch.dtype) -> AttentionCase:
     for _ in range(rng.randint(1, 5)):
         keys = rng.choice([1, 2, 15, 16, 17, 63, 64, 65, 100, 130])
         lengths.append((rng.choice([0, 1, 1, min(keys, 3), keys]), keys))
+    limits = [(rng.choice([0, 1, 7, 64, 500]), rng.choice([0, 1, 4, 20, 70])) for _ in lengths]
     return make_case(
         lengths,
         kv_heads=rng.choice([1, 2, 3]),
@@ -87,4 +114,5 @@ def random_case(rng: random.Random, dtype: torch.dtype) -> AttentionCase:
         block_size=rng.choice([1, 8, 16, 32, 128]),
         dtype=dtype,
         window=rng.choice([None, None, 1, 5, 40, 1000]),
+        limits=rng.choice([None, limits]),
     )

@@ -10,30 +10,46 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.cpu.native import NativeOps
 from kernels.reference.paged_attention import paged_attention
+from kernels.sinks import Sinks
 from tests.kernels.attention_cases import AttentionCase, make_case, random_case
 
 
 def contiguous_attention(case: AttentionCase) -> Tensor:
-    """torch's own attention over keys and values gathered slot by slot, sequence by sequence."""
+    """torch's own attention, sequence by sequence, over the keys and values that a query may see, gathered one by one.
+
+    What sinks meet other queries with is a second bias to the scores: q'·k - q·k, as torch adds a float mask to them.
+    """
     outputs = []
     block_size = case.key_cache.shape[2]
     starts = case.query_start.tolist()
     for b, length in enumerate(case.seq_lens.tolist()):
-        queries = case.q[starts[b] : starts[b + 1]].transpose(0, 1)
-        first = length if queries.shape[1] == 0 or case.window is None else length - queries.shape[1] - case.window + 1
-        positions = torch.arange(max(0, 0 if case.window is None else first), length)
-        slots = [(int(case.block_tables[b, j // block_size]), int(j % block_size)) for j in positions]
+        rows = slice(starts[b], starts[b + 1])
+        queries = case.q[rows].transpose(0, 1)
         if queries.shape[1] == 0:
             continue
+        window, num_sinks = case.limits(b)
+        first = max(0, length - queries.shape[1] - window + 1)
+        positions = torch.tensor(sorted({*range(min(num_sinks, length)), *range(first, length)}))
+        slots = [(int(case.block_tables[b, j // block_size]), int(j % block_size)) for j in positions]
         keys, values = (
             torch.stack([cache[block, :, offset] for block, offset in slots], dim=1)
             for cache in (case.key_cache, case.value_cache)
         )
         distance = torch.arange(length - queries.shape[1], length)[:, None] - positions[None]
-        visible = (distance >= 0) & (distance < (case.window or length + 1))
+        visible = (distance >= 0) & ((distance < window) | (positions < num_sinks))
+        bias = torch.zeros(queries.shape[0], *visible.shape)
+        if case.sinks is not None:
+            change = (case.sinks.q[rows].transpose(0, 1) - queries) * case.scale
+            group = queries.shape[0] // keys.shape[0]
+            bias += (change @ keys.repeat_interleave(group, 0).mT) * (positions < num_sinks)
         outputs.append(
             scaled_dot_product_attention(
-                queries, keys, values, attn_mask=visible, scale=case.scale, enable_gqa=True
+                queries,
+                keys,
+                values,
+                attn_mask=bias.masked_fill(~visible, -torch.inf),
+                scale=case.scale,
+                enable_gqa=True,
             ).transpose(0, 1)
         )
     return torch.cat(outputs) if outputs else case.q.clone()
@@ -116,6 +132,23 @@ def test_large_scores_neither_overflow_nor_vanish(ops: NativeOps, dtype: torch.d
     assert_equals_reference(ops.paged_attention(*case.arguments()), case, float32_tolerance=2e-4)
 
 
+@pytest.mark.parametrize("keys", [3, 4, 5, 70, 900])
+@pytest.mark.parametrize("count", [1, 4, 80])
+def test_sinks_are_seen_through_the_window_by_queries_of_their_own(
+    ops: NativeOps, dtype: torch.dtype, keys: int, count: int
+) -> None:
+    case = make_case([(1, keys), (min(keys, 40), keys)], dims=32, dtype=dtype, limits=[(20, count), (33, count)])
+    assert_equals_reference(ops.paged_attention(*case.arguments()), case)
+
+
+def test_limits_of_one_sequence_leave_its_neighbours_as_they_are(ops: NativeOps, dtype: torch.dtype) -> None:
+    plain = make_case([(1, 90), (30, 60), (1, 500)], dtype=dtype)
+    windows, counts = torch.tensor([[0, 0, 10], [0, 0, 4]], dtype=torch.int32)
+    limited = replace(plain, sinks=Sinks(windows, counts, torch.full_like(plain.q, torch.nan)))
+    expected, actual = (ops.paged_attention(*case.arguments())[:31] for case in (plain, limited))
+    torch.testing.assert_close(actual, expected, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=2**-7)
+
+
 def test_a_step_without_queries_returns_nothing(ops: NativeOps, dtype: torch.dtype) -> None:
     case = make_case([(0, 5), (0, 70)], dtype=dtype)
     assert ops.paged_attention(*case.arguments()).shape == (0, 6, 64)
@@ -155,6 +188,8 @@ def test_arguments_that_do_not_fit_each_other_are_refused(ops: NativeOps) -> Non
         replace(case, query_start=case.query_start[:1]),
         replace(case, key_cache=case.key_cache.transpose(1, 2)),
         replace(case, q=case.q.transpose(1, 2).contiguous().transpose(1, 2)),
+        replace(case, sinks=Sinks(case.seq_lens, case.seq_lens.long(), case.q)),
+        replace(case, sinks=Sinks(case.seq_lens, case.seq_lens, case.q[:, :3])),
     ):
         with pytest.raises(ValueError, match="paged_attention: "):
             ops.paged_attention(*wrong.arguments())
