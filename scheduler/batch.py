@@ -24,9 +24,11 @@ class ScheduledSequence(NamedTuple):
     tokens: array[int]
     """The tokens to compute, int32."""
     block_table: array[int]
-    """Block of each ``block_size`` positions, int32, long enough for all tokens up to the last one here."""
+    """Block of each ``block_size`` slots, int32, long enough for all tokens up to the last one here."""
     num_samples: int
     """Tokens to sample after the last position: 0 inside a prompt, ``n`` where a prompt ends and forks, else 1."""
+    num_dropped: int = 0
+    """By how much a token's slot is less than its position."""
 
 
 class Transfers(NamedTuple):

@@ -22,8 +22,11 @@ _NOTHING = Transfers()
 class KVMemory:
     """Gives sequences their blocks and takes them back. Knows nothing of whose turn it is."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, num_host_blocks: int, prefix_caching: bool) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, num_host_blocks: int, prefix_caching: bool, step_tokens: int
+    ) -> None:
         self.block_size = block_size
+        self._step_tokens = step_tokens
         self.device = BlockPool(num_blocks)
         self.host = BlockPool(num_host_blocks) if num_host_blocks else None
         self._prefix_caching = prefix_caching
@@ -51,7 +54,7 @@ class KVMemory:
             self.host.check([self._held, *(sequence.host_table for sequence in live)])
         for sequence in live:
             table = sequence.block_table or sequence.host_table
-            assert len(table) * self.block_size >= sequence.num_computed_tokens, "computed tokens without a block"
+            assert len(table) * self.block_size >= sequence.num_slots, "computed tokens without a block"
             assert sequence.num_computed_tokens <= sequence.num_tokens, "more tokens computed than there are"
             assert not (sequence.block_table and sequence.host_table), "a sequence lives in two places"
 
@@ -59,16 +62,27 @@ class KVMemory:
 
     def blocks_needed(self, sequence: Sequence, num_tokens: int) -> int:
         """Free blocks that its next ``num_tokens`` tokens take, one for a copy-on-write included."""
-        end = sequence.num_computed_tokens + num_tokens
+        end = sequence.num_slots + num_tokens
         return self._num_blocks(end) - len(sequence.block_table) + self._writes_shared(sequence)
 
     def missing_blocks(self, sequence: Sequence) -> int:
         """Blocks that it will still ask for before all tokens it has now are computed."""
-        return self._num_blocks(len(sequence.tokens)) - len(sequence.block_table)
+        return max(self._blocks_of_all(sequence) - len(sequence.block_table), 0)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take back the blocks that its budget lets fall away before its next token."""
+        budget = sequence.request.kv_budget
+        if budget is None:
+            return
+        first, count = budget.droppable(sequence.num_computed_tokens, sequence.num_dropped, self.block_size)
+        if count:
+            self.device.release(sequence.block_table[first : first + count])
+            del sequence.block_table[first : first + count]
+            sequence.num_dropped += count * self.block_size
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Give it the blocks of its next ``num_tokens`` tokens; as many as `blocks_needed` are free."""
-        table, start = sequence.block_table, sequence.num_computed_tokens
+        table, start = sequence.block_table, sequence.num_slots
         end, first = start + num_tokens, start // self.block_size
         if self._writes_shared(sequence):  # copy-on-write
             (block,) = self._allocate(1)
@@ -79,13 +93,14 @@ class KVMemory:
         if missing:
             table.extend(self._allocate(missing))
         if end // self.block_size != first:
-            self._publish(sequence, first, end // self.block_size)
+            self._publish(sequence, first, end)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let the child share all that the parent has."""
         self.device.share(parent.block_table)
         child.block_table = parent.block_table[:]
         child.num_computed_tokens = parent.num_computed_tokens
+        child.num_dropped = parent.num_dropped
 
     # it comes and goes
 
@@ -95,7 +110,7 @@ class KVMemory:
         kept = self._swapped(sequence) if swapped else self._cached(sequence)
         shared = [block for block, in_host in kept if not in_host]
         num_free = self.device.num_free - sum(self.device.ref_count(block) == 0 for block in shared) - spare
-        if self._num_blocks(sequence.num_tokens) - len(shared) > num_free:
+        if self._blocks_of_all(sequence) - len(shared) > num_free:
             return False
         self.device.share(shared)
         if swapped:
@@ -113,15 +128,15 @@ class KVMemory:
             else:
                 sequence.block_table.append(block)
         if len(shared) < len(kept):
-            self._publish(sequence, 0, sequence.num_computed_tokens // self.block_size)
+            self._publish(sequence, 0, sequence.num_slots)
         return True
 
     def swap_out(self, sequence: Sequence) -> bool:
         """Move all that it has to the host tier, where it stays until it comes back. False if there is no room."""
-        count = self._num_blocks(sequence.num_computed_tokens)
+        count = self._num_blocks(sequence.num_slots)
         if self.host is None or count == 0:
             return False
-        keys = self._keys(sequence, sequence.num_computed_tokens // self.block_size)
+        keys = self._keys(sequence, sequence.num_slots)
         known = [self.host.index.find(key) for key in keys] + [None] * (count - len(keys))
         kept = [block for block in known if block is not None]
         if count - len(kept) > self.host.num_free - sum(self.host.ref_count(block) == 0 for block in kept):
@@ -146,7 +161,7 @@ class KVMemory:
         if self.host is not None:
             self.host.release(sequence.host_table)
             del sequence.host_table[:]
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_dropped = 0
 
     # the parts
 
@@ -154,13 +169,26 @@ class KVMemory:
         """Blocks that so many tokens take."""
         return -(-num_tokens // self.block_size)
 
+    def _blocks_of_all(self, sequence: Sequence) -> int:
+        """Blocks that it holds at most until all tokens that it has now are computed."""
+        blocks = self._num_blocks(sequence.num_tokens - sequence.num_dropped)
+        budget = sequence.request.kv_budget
+        if budget is None:
+            return blocks
+        step_tokens = min(sequence.num_uncomputed_tokens, self._step_tokens)
+        return min(blocks, budget.max_blocks(step_tokens, self.block_size))
+
     def _writes_shared(self, sequence: Sequence) -> bool:
         """Whether the block that its next token goes to is there already, and others hold it too."""
-        index, table = sequence.num_computed_tokens // self.block_size, sequence.block_table
+        index, table = sequence.num_slots // self.block_size, sequence.block_table
         return index < len(table) and self.device.ref_count(table[index]) > 1
 
-    def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
-        return sequence.block_keys(count, self.block_size) if self._prefix_caching else []
+    def _keys(self, sequence: Sequence, num_slots: int) -> list[bytes]:
+        """The prefix-index keys of the whole blocks at its table's beginning; none of those that a budget changed."""
+        budget = sequence.request.kv_budget
+        if budget is not None:
+            num_slots = min(num_slots, budget.num_exact) if sequence.num_dropped == 0 else 0
+        return sequence.block_keys(num_slots // self.block_size, self.block_size) if self._prefix_caching else []
 
     def _cached(self, sequence: Sequence) -> list[tuple[int, bool]]:
         """The blocks of its longest known prefix, each with whether it is the host's.
@@ -168,7 +196,7 @@ class KVMemory:
         The last token is always computed, since its logits are wanted: it never comes from a cache.
         """
         kept: list[tuple[int, bool]] = []
-        for key in self._keys(sequence, (sequence.num_tokens - 1) // self.block_size):
+        for key in self._keys(sequence, sequence.num_tokens - 1):
             found = self._find(key)
             if found is None:
                 break
@@ -178,7 +206,7 @@ class KVMemory:
     def _swapped(self, sequence: Sequence) -> list[tuple[int, bool]]:
         """The blocks of what was swapped out, each the host's unless the device still has the same."""
         kept = [(block, True) for block in sequence.host_table]
-        for index, key in enumerate(self._keys(sequence, sequence.num_computed_tokens // self.block_size)):
+        for index, key in enumerate(self._keys(sequence, sequence.num_slots)):
             block = self.device.index.find(key)
             if block is not None:
                 kept[index] = (block, False)
@@ -191,16 +219,15 @@ class KVMemory:
         block = None if self.host is None else self.host.index.find(key)
         return None if block is None else (block, True)
 
-    def _publish(self, sequence: Sequence, first: int, last: int) -> None:
-        """Enter blocks ``first`` … ``last`` − 1 of the table, which this step fills or fetches, into the prefix index.
+    def _publish(self, sequence: Sequence, first: int, num_slots: int) -> None:
+        """Enter the table's blocks from ``first`` on, which this step fills or fetches, into the prefix index.
 
         That is done before they are computed: within a layer all KV is written before any is read, so a sequence
         admitted later in the same step may share them already.
         """
-        keys = self._keys(sequence, last)
-        if keys:
-            for index in range(first, last):
-                self.device.index.add(keys[index], sequence.block_table[index])
+        keys = self._keys(sequence, num_slots)
+        for index in range(first, len(keys)):
+            self.device.index.add(keys[index], sequence.block_table[index])
 
     def _allocate(self, count: int) -> list[int]:
         """Take free device blocks; what is cached in them moves to the host first."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal
 
+from scheduler.kv_budget import KVBudget
 from scheduler.prefix_index import block_key, root_key
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
@@ -45,7 +46,7 @@ class Request:
 
     ``priority`` and ``tenant`` say who is served first (`Order`); at ``deadline``, in the seconds of `Scheduler.add`'s
     clock, whatever is unfinished ends. A beam search keeps ``beam_width`` sequences, and is told by
-    `Scheduler.advance` which of them go on.
+    `Scheduler.advance` which of them go on. Each of its sequences holds no more KV than ``kv_budget`` says.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Request:
         priority: int = 0,
         tenant: str = "",
         deadline: float | None = None,
+        kv_budget: KVBudget | None = None,
     ) -> None:
         tokens = array("i", prompt)
         if not tokens:
@@ -75,6 +77,7 @@ class Request:
         self.priority = priority
         self.tenant = tenant
         self.deadline = deadline
+        self.kv_budget = kv_budget
         self.arrival = 0.0
         self.rank: Rank = (0.0, 0)
         self.num_prompt_tokens = len(tokens)
@@ -115,6 +118,7 @@ class Sequence:
         "host_table",
         "index",
         "num_computed_tokens",
+        "num_dropped",
         "parked",
         "request",
         "root",
@@ -127,6 +131,8 @@ class Sequence:
         self.index = index
         self.tokens = tokens
         self.num_computed_tokens = 0
+        self.num_dropped = 0
+        """Computed tokens whose KV fell away under its budget; the others are in the slots of its block table."""
         self.block_table: array[int] = array("i")
         self.host_table: array[int] = array("i")
         """Where its KV is while it is swapped out: then it has no ``block_table``, and its computed tokens count."""
@@ -152,6 +158,11 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Tokens sampled so far."""
         return len(self.tokens) - self.request.num_prompt_tokens
+
+    @property
+    def num_slots(self) -> int:
+        """Computed tokens whose KV it holds."""
+        return self.num_computed_tokens - self.num_dropped
 
     @property
     def num_uncomputed_tokens(self) -> int:

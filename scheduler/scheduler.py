@@ -16,6 +16,7 @@ from typing import Literal
 from scheduler.batch import Appended, ScheduledBatch, ScheduledSequence
 from scheduler.batching import Batching
 from scheduler.block_pool import BlockPool
+from scheduler.kv_budget import KVBudget
 from scheduler.kv_memory import KVMemory
 from scheduler.request import FinishReason, Rank, Request, Sequence, Status
 from scheduler.waiting_queue import Order, WaitingQueue
@@ -75,6 +76,7 @@ class Scheduler:
             config.block_size,
             num_host_blocks=config.num_host_blocks,
             prefix_caching=config.prefix_caching,
+            step_tokens=config.max_num_batched_tokens,
         )
         self._queue = WaitingQueue(config.order)
         self._charging = config.order.policy == "fair"
@@ -128,8 +130,12 @@ class Scheduler:
                 times.append(oldest.arrival + self.config.batching.delay)
         return min(times, default=None)
 
-    def refusal(self, num_tokens: int, num_places: int) -> str | None:
+    def refusal(self, num_tokens: int, num_places: int, budget: KVBudget | None = None) -> str | None:
         """Why a request that may grow to ``num_tokens`` in ``num_places`` sequences can never run; None if it can."""
+        if budget is not None:
+            step_tokens = min(num_tokens, self.config.max_num_batched_tokens)
+            block_size = self.config.block_size
+            num_tokens = min(num_tokens, budget.max_blocks(step_tokens, block_size) * block_size)
         if num_tokens > self.config.num_slots:
             slots = self.config.num_slots
             return f"the request may need {num_tokens} tokens of KV cache, but the cache holds {slots} in all"
@@ -149,7 +155,7 @@ class Scheduler:
 
     def add(self, request: Request, now: float = 0.0) -> None:
         """Queue a request. Raises ValueError if it can never run."""
-        reason = self.refusal(request.max_num_tokens, request.num_places)
+        reason = self.refusal(request.max_num_tokens, request.num_places, request.kv_budget)
         if reason is not None:
             raise ValueError(reason)
         self._serial += 1
@@ -289,6 +295,7 @@ class Scheduler:
                 continue
             # Each sequence behind this one keeps a token of the budget: a long prompt does not stall their streams.
             num_tokens = min(missing, max(budget - num_after, 1))
+            self._memory.drop(sequence)
             if not self._make_room(sequence, num_tokens):
                 break
             items.append(self._take(sequence, num_tokens))
@@ -354,7 +361,8 @@ class Scheduler:
         start = sequence.num_computed_tokens
         end = start + num_tokens
         num_samples = 0 if end < len(sequence.tokens) else 1 if sequence.request.beam_width else _places(sequence)
-        return ScheduledSequence(sequence, start, sequence.tokens[start:end], sequence.block_table[:], num_samples)
+        tokens, table = sequence.tokens[start:end], sequence.block_table[:]
+        return ScheduledSequence(sequence, start, tokens, table, num_samples, sequence.num_dropped)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take the blocks back; the sequence waits, before all that have not run yet, to go on or to be recomputed."""
