@@ -12,9 +12,9 @@ from scheduler.scheduler import Scheduler
 class BeamProgress:
     """Joins a request's `BeamSearch`, which knows tokens and likelihoods, to its sequences, which hold the KV."""
 
-    def __init__(self, request: Request, params: BeamParams) -> None:
+    def __init__(self, request: Request, params: BeamParams, *, num_top: int) -> None:
         self._request = request
-        self._search = BeamSearch(params, request.stop)
+        self._search = BeamSearch(request.num_places, params, request.stop, num_top=num_top)
         self._beams = list(request.sequences)
         self._brought: dict[Sequence, tuple[Candidate, ...]] = {}
 
@@ -41,6 +41,7 @@ class BeamProgress:
         self._beams = scheduler.advance(self._request, choices)
         return False
 
-    def best(self, count: int) -> list[Hypothesis]:
-        """The best outputs, once the search has ended."""
-        return self._search.best(count)
+    @property
+    def found(self) -> list[Hypothesis]:
+        """All that was found, best first, once the search has ended."""
+        return self._search.best(self._request.num_places)
