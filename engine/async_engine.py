@@ -41,8 +41,11 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
+    """Requests that have not begun, and sequences that were preempted."""
+    num_queued: int
+    """Requests that have not begun."""
     num_queued_tokens: int
-    """Prompt tokens of the requests that have not begun."""
+    """Their prompt tokens."""
     used_blocks: int
     num_blocks: int
     block_size: int
@@ -172,6 +175,7 @@ class AsyncEngine:
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
+            num_queued=self._scheduler.num_queued,
             num_queued_tokens=self._scheduler.num_queued_tokens,
             used_blocks=pool.num_used,
             num_blocks=pool.num_blocks,

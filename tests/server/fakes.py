@@ -186,6 +186,7 @@ class FakeEngine:
         return SimpleNamespace(
             num_running=len(self.open),
             num_waiting=self.waiting,
+            num_queued=self.waiting,
             num_queued_tokens=self.queued_tokens,
             kv_usage=0.25,
             host_kv_usage=0.5,
