@@ -326,7 +326,9 @@ class AsyncEngine:
                 continue
             state = self._states[beam.request.request_id]
             assert state.beams is not None
-            state.beams.bring(beam, group[0].candidates)
+            if not state.beams.bring(beam, group[0].candidates):
+                continue
+            state.observe_beams(now, self.observer)
             if state.beams.advance(self._scheduler):
                 found += state.deliver_beams(now, self.observer)
                 del self._states[beam.request.request_id]

@@ -23,14 +23,13 @@ class BeamProgress:
         """How many of its most likely next tokens each beam has to bring."""
         return self._search.num_candidates
 
-    def bring(self, beam: Sequence, candidates: tuple[Candidate, ...]) -> None:
-        """Note a beam's most likely next tokens."""
+    def bring(self, beam: Sequence, candidates: tuple[Candidate, ...]) -> bool:
+        """Note a beam's most likely next tokens. True if it was the last one: now all can advance."""
         self._brought[beam] = candidates
+        return len(self._brought) == len(self._beams)
 
     def advance(self, scheduler: Scheduler) -> bool:
-        """Take a step if every beam has brought its candidates. True if that ended the search, and the sequences."""
-        if len(self._brought) < len(self._beams):
-            return False
+        """Take a step. True if that ended the search, and the sequences."""
         extensions = self._search.advance([self._brought[beam] for beam in self._beams])
         self._brought = {}
         if not extensions:

@@ -134,6 +134,11 @@ class RequestState:
         self._send(continuation, output, now, observer)
         return piece.stop is not None
 
+    def observe_beams(self, now: float, observer: EngineObserver) -> None:
+        """Note that every beam got a token."""
+        for continuation in self._continuations:
+            self._observe_token(continuation, now, observer)
+
     def deliver_beams(self, now: float, observer: EngineObserver) -> int:
         """Send the best that a beam search found, each whole; returns the tokens of all that it found."""
         assert self.beams is not None
@@ -144,8 +149,6 @@ class RequestState:
             tokens = one.tokens
             texts = [continuation.text.push(token, may_stop=False).text for token in tokens]
             text = "".join(texts) + continuation.text.finish().text
-            if tokens:
-                self._observe_token(continuation, now, observer)
             continuation.num_tokens = len(tokens)
             last = tokens[-1] if tokens else None
             stop_reason = last if one.finish_reason == "stop" and last in self._params.stop_token_ids else None

@@ -405,7 +405,8 @@ async def test_a_request_fills_the_context_to_its_last_token(tiny: LoadedModel) 
     assert (len(answer.tokens[0]), answer.outputs[-1].finish_reason) == (6, "length")
 
 
-async def test_times_add_up(tiny: LoadedModel) -> None:
+@pytest.mark.parametrize("beams", [None, BeamParams()], ids=["sampled", "beams"])
+async def test_times_add_up(tiny: LoadedModel, beams: BeamParams | None) -> None:
     records: list[RequestRecord] = []
 
     class Recorder(EngineObserver):
@@ -414,7 +415,7 @@ async def test_times_add_up(tiny: LoadedModel) -> None:
 
     async with _Running(tiny) as engine:
         engine.observer = Recorder()
-        await ask(engine, _PROMPTS[3], GREEDY)
+        await ask(engine, _PROMPTS[3], dataclasses.replace(GREEDY, best_of=3 if beams else None, beams=beams))
     (record,) = records
     assert record.queue_seconds is not None
     assert record.prefill_seconds is not None
@@ -422,5 +423,6 @@ async def test_times_add_up(tiny: LoadedModel) -> None:
     assert record.e2e_seconds == pytest.approx(
         record.queue_seconds + record.prefill_seconds + record.decode_seconds, abs=1e-3
     )
+    assert record.decode_seconds > 0
     assert record.seconds_per_output_token == pytest.approx(record.decode_seconds / 15)
     assert (record.prompt_tokens, record.generated_tokens, record.finish_reason) == (15, 16, "length")
