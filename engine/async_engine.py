@@ -41,8 +41,11 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
+    """Requests that have not begun, and sequences that were preempted."""
+    num_queued: int
+    """Requests that have not begun."""
     num_queued_tokens: int
-    """Prompt tokens of the requests that have not begun."""
+    """Their prompt tokens."""
     used_blocks: int
     num_blocks: int
     block_size: int
@@ -172,6 +175,7 @@ class AsyncEngine:
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
+            num_queued=self._scheduler.num_queued,
             num_queued_tokens=self._scheduler.num_queued_tokens,
             used_blocks=pool.num_used,
             num_blocks=pool.num_blocks,
@@ -186,6 +190,8 @@ class AsyncEngine:
         self._check_prompt(prompt)
         if params.n < 1:
             raise InvalidRequestError("n must be at least 1", param="n")
+        if params.width < params.n:
+            raise InvalidRequestError(f"best_of must be at least n ({params.n})", param="best_of")
         if params.logprobs is not None and not 0 <= params.logprobs <= self.info.vocab_size:
             raise InvalidRequestError(f"logprobs must be from 0 to {self.info.vocab_size}", param="logprobs")
         room = self.info.max_model_len - len(prompt)
@@ -203,17 +209,16 @@ class AsyncEngine:
             raise InvalidRequestError(f"min_tokens is more than max_tokens ({max_tokens})", param="min_tokens")
         self._check_ids(params.logit_bias, "logit_bias")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
-        width = None if params.beams is None else params.beams.width
-        if width is not None and width < params.n:
-            raise InvalidRequestError(f"n is more than the beam width ({width})", param="n")
-        refusal = self._scheduler.refusal(len(prompt) + max_tokens, width or params.n)
-        if refusal is not None:
-            raise InvalidRequestError(refusal, param="n" if params.n > 1 else "max_tokens")
+        for places, param in ((1, "max_tokens"), (params.width, "n" if params.best_of is None else "best_of")):
+            refusal = self._scheduler.refusal(len(prompt) + max_tokens, places)
+            if refusal is not None:
+                raise InvalidRequestError(refusal, param=param)
         eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
         # A file may name ids that its model does not have: those cannot be sampled, nor forbidden.
         stops = {token for token in eos if token < self.info.vocab_size}.union(params.stop_token_ids)
         rule = StopRule(max_tokens=max_tokens, min_tokens=params.min_tokens, stop_token_ids=frozenset(stops))
-        return Request(request_id, prompt, rule, n=params.n if width is None else 1, beam_width=width, **options)
+        beam_width = None if params.beams is None else params.width
+        return Request(request_id, prompt, rule, n=params.width, beam_width=beam_width, **options)
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:
@@ -321,7 +326,9 @@ class AsyncEngine:
                 continue
             state = self._states[beam.request.request_id]
             assert state.beams is not None
-            state.beams.bring(beam, group[0].candidates)
+            if not state.beams.bring(beam, group[0].candidates):
+                continue
+            state.observe_beams(now, self.observer)
             if state.beams.advance(self._scheduler):
                 found += state.deliver_beams(now, self.observer)
                 del self._states[beam.request.request_id]

@@ -12,9 +12,9 @@ from scheduler.scheduler import Scheduler
 class BeamProgress:
     """Joins a request's `BeamSearch`, which knows tokens and likelihoods, to its sequences, which hold the KV."""
 
-    def __init__(self, request: Request, params: BeamParams) -> None:
+    def __init__(self, request: Request, params: BeamParams, *, num_top: int) -> None:
         self._request = request
-        self._search = BeamSearch(params, request.stop)
+        self._search = BeamSearch(request.num_places, params, request.stop, num_top=num_top)
         self._beams = list(request.sequences)
         self._brought: dict[Sequence, tuple[Candidate, ...]] = {}
 
@@ -23,14 +23,13 @@ class BeamProgress:
         """How many of its most likely next tokens each beam has to bring."""
         return self._search.num_candidates
 
-    def bring(self, beam: Sequence, candidates: tuple[Candidate, ...]) -> None:
-        """Note a beam's most likely next tokens."""
+    def bring(self, beam: Sequence, candidates: tuple[Candidate, ...]) -> bool:
+        """Note a beam's most likely next tokens. True if it was the last one: now all can advance."""
         self._brought[beam] = candidates
+        return len(self._brought) == len(self._beams)
 
     def advance(self, scheduler: Scheduler) -> bool:
-        """Take a step if every beam has brought its candidates. True if that ended the search, and the sequences."""
-        if len(self._brought) < len(self._beams):
-            return False
+        """Take a step. True if that ended the search, and the sequences."""
         extensions = self._search.advance([self._brought[beam] for beam in self._beams])
         self._brought = {}
         if not extensions:
@@ -41,6 +40,7 @@ class BeamProgress:
         self._beams = scheduler.advance(self._request, choices)
         return False
 
-    def best(self, count: int) -> list[Hypothesis]:
-        """The best outputs, once the search has ended."""
-        return self._search.best(count)
+    @property
+    def found(self) -> list[Hypothesis]:
+        """All that was found, best first, once the search has ended."""
+        return self._search.best(self._request.num_places)

@@ -24,6 +24,8 @@ class RequestStream:
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0
         """Prompt tokens found in the prefix cache; known from the first output on."""
+        self.generated_tokens = 0
+        """So far, those of continuations that lost to others included."""
         self._abort = abort
         self._queue: asyncio.Queue[Output | OctavoError | None] = asyncio.Queue()
         self._ended = False
@@ -53,14 +55,17 @@ class RequestStream:
 
 
 class Continuation:
-    """One of the request's ``n`` answers: its text so far and when its tokens came."""
+    """One of the request's answers: its text so far, how likely it is, and when its tokens came."""
 
-    __slots__ = ("first_token", "index", "last_token", "num_tokens", "open", "text")
+    __slots__ = ("first_token", "held", "index", "last_token", "num_tokens", "open", "text", "total_logprob")
 
     def __init__(self, index: int, text: TextStream) -> None:
         self.index = index
         self.text = text
         self.open = True
+        self.held: list[Output] = []
+        """What waits for the decision whether it is among the best."""
+        self.total_logprob = 0.0
         self.num_tokens = 0
         self.first_token: float | None = None
         self.last_token = 0.0
@@ -78,8 +83,11 @@ class RequestState:
         self._params = params
         self._seed = seed
         self._arrival = time.perf_counter()
-        self._continuations = [Continuation(i, TextStream(tokenizer, params.stop)) for i in range(params.n)]
-        self.beams = None if params.beams is None else BeamProgress(request, params.beams)
+        count = params.n if params.beams else params.width
+        self._continuations = [Continuation(i, TextStream(tokenizer, params.stop)) for i in range(count)]
+        self.beams: BeamProgress | None = None
+        if params.beams is not None:
+            self.beams = BeamProgress(request, params.beams, num_top=params.logprobs or 0)
 
     @property
     def ended(self) -> bool:
@@ -104,6 +112,7 @@ class RequestState:
         """Send a token's output on. True if its text completed a stop string, so that the sequence must end."""
         continuation = self._continuations[sequence.index]
         self._observe_token(continuation, now, observer)
+        self.stream.generated_tokens += 1
         may_stop = continuation.num_tokens > self._params.min_tokens
         piece = continuation.text.push(sample.token, may_stop=may_stop)
         text, reason = piece.text, sequence.finish_reason
@@ -117,29 +126,37 @@ class RequestState:
                 reason, stop_reason = "stop", rest.stop
             elif reason == "stop" and sample.token in self._params.stop_token_ids:
                 stop_reason = sample.token
-        logprobs = () if sample.logprob is None else (sample.logprob,)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if sample.logprob is not None:
+            continuation.total_logprob += sample.logprob.logprob
+            logprobs = self._asked((sample.logprob,))
         output = Output(continuation.index, text, (sample.token,), logprobs, reason, stop_reason)
         self._send(continuation, output, now, observer)
         return piece.stop is not None
 
+    def observe_beams(self, now: float, observer: EngineObserver) -> None:
+        """Note that every beam got a token."""
+        for continuation in self._continuations:
+            self._observe_token(continuation, now, observer)
+
     def deliver_beams(self, now: float, observer: EngineObserver) -> int:
-        """Send the outputs that a beam search found, each whole; returns their tokens."""
+        """Send the best that a beam search found, each whole; returns the tokens of all that it found."""
         assert self.beams is not None
-        found = self.beams.best(self._params.n)
-        found += [Hypothesis((), (), 0.0, "stop")] * (self._params.n - len(found))  # a vocabulary may hold no more
-        for continuation, one in zip(self._continuations, found, strict=True):
-            texts = [continuation.text.push(token, may_stop=False).text for token in one.tokens]
+        found = self.beams.found
+        generated = sum(len(one.tokens) for one in found)
+        found += [Hypothesis((), 0.0, "stop")] * (self._params.n - len(found))  # a vocabulary may hold no more
+        for continuation, one in zip(self._continuations, found, strict=False):
+            tokens = one.tokens
+            texts = [continuation.text.push(token, may_stop=False).text for token in tokens]
             text = "".join(texts) + continuation.text.finish().text
-            if one.tokens:
-                self._observe_token(continuation, now, observer)
-            continuation.num_tokens = len(one.tokens)
-            logprobs = [TokenLogprob(*pair, top=()) for pair in zip(one.tokens, one.logprobs, strict=True)]
-            asked = tuple(logprobs) if self._params.logprobs is not None else ()
-            last = one.tokens[-1] if one.tokens else None
+            continuation.num_tokens = len(tokens)
+            last = tokens[-1] if tokens else None
             stop_reason = last if one.finish_reason == "stop" and last in self._params.stop_token_ids else None
-            output = Output(continuation.index, text, one.tokens, asked, one.finish_reason, stop_reason)
+            logprobs = self._asked(one.logprobs)
+            output = Output(continuation.index, text, tokens, logprobs, one.finish_reason, stop_reason)
             self._send(continuation, output, now, observer)
-        return sum(len(one.tokens) for one in found)
+        self.stream.generated_tokens = generated
+        return generated
 
     def end(self, reason: FinishReason, observer: EngineObserver, error: OctavoError | None = None) -> None:
         """End what is still open, from outside: an abort, or the engine's failure."""
@@ -150,12 +167,27 @@ class RequestState:
                 self._close(continuation, reason, time.perf_counter(), observer)
         self.stream.put(error)
 
+    def _asked(self, logprobs: tuple[TokenLogprob, ...]) -> tuple[TokenLogprob, ...]:
+        """What the client sees of log-probabilities, which may have been computed to rank continuations only."""
+        return () if self._params.logprobs is None else logprobs
+
     def _send(self, continuation: Continuation, output: Output, now: float, observer: EngineObserver) -> None:
-        self.stream.put(output)
+        if self._params.ranked:
+            continuation.held.append(output)
+        else:
+            self.stream.put(output)
         if output.finish_reason is not None:
             self._close(continuation, output.finish_reason, now, observer)
             if self.ended:
+                if self._params.ranked:
+                    self._put_best()
                 self.stream.put(None)
+
+    def _put_best(self) -> None:
+        """Send the likeliest continuations by token, each whole; of equals those begun first."""
+        ranked = sorted(self._continuations, key=lambda one: one.total_logprob / one.num_tokens, reverse=True)
+        for index, continuation in enumerate(ranked[: self._params.n]):
+            self.stream.put(Output.joined(index, continuation.held))
 
     def _observe_token(self, continuation: Continuation, now: float, observer: EngineObserver) -> None:
         continuation.num_tokens += 1

@@ -48,7 +48,7 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A sampled token, with its log-probability if that was asked for."""
+    """A sampled token, with its log-probability if that was asked for or decides which continuations are best."""
 
     token: int
     logprob: TokenLogprob | None = None
@@ -69,8 +69,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sample]:
     for draw, filtered in ((_draw, False), (_draw_filtered, True)):
         chosen = [index for index in random if _is_filtered(rows[index].params) == filtered]
         if chosen:
-            own = logits if len(chosen) == len(rows) else logits[chosen]
-            for index, token in zip(chosen, draw(own, [rows[index] for index in chosen]), strict=True):
+            for index, token in zip(chosen, draw(_take(logits, chosen), [rows[i] for i in chosen]), strict=True):
                 tokens[index] = token
     logprobs, candidates = _logprobs(raw, rows, tokens), _best(raw, rows)
     return [Sample(token, logprobs.get(index), candidates.get(index, ())) for index, token in enumerate(tokens)]
@@ -126,8 +125,8 @@ def _pick(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _logprobs(logits: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int]) -> dict[int, TokenLogprob]:
-    """Log-probabilities under the model's raw distribution, for the rows that ask for them."""
-    asked = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+    """Log-probabilities under the model's raw distribution, for the rows that ask for them or are ranked by them."""
+    asked = [index for index, row in enumerate(rows) if row.params.logprobs is not None or row.params.ranked]
     if not asked:
         return {}
     logprobs, top = _most_likely(logits, asked, [rows[index].params.logprobs or 0 for index in asked])
@@ -148,9 +147,19 @@ def _most_likely(
     logits: Tensor, chosen: Sequence[int], counts: Sequence[int]
 ) -> tuple[Tensor, list[tuple[Candidate, ...]]]:
     """Log-probabilities [len(chosen), vocab], float32, of the chosen rows, and each row's ``counts`` best tokens."""
-    logprobs = logits[chosen].float().log_softmax(dim=-1)
-    values, ids = (part.tolist() for part in logprobs.topk(min(max(counts), logits.shape[-1]), dim=-1))
-    return logprobs, [tuple(zip(ids[i], values[i], strict=True))[:count] for i, count in enumerate(counts)]
+    logprobs = _take(logits, chosen).float().log_softmax(dim=-1)
+    top: list[tuple[Candidate, ...]] = [()] * len(counts)
+    wanted = [index for index, count in enumerate(counts) if count]
+    if wanted:  # else the search for the best, which takes longer than all before, is left out
+        best = _take(logprobs, wanted).topk(min(max(counts), logits.shape[-1]), dim=-1)
+        for index, values, ids in zip(wanted, best.values.tolist(), best.indices.tolist(), strict=True):
+            top[index] = tuple(zip(ids, values, strict=True))[: counts[index]]
+    return logprobs, top
+
+
+def _take(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """x [R, …] → those of its rows, ascending; itself if they are all."""
+    return x if len(rows) == len(x) else x[rows]
 
 
 def _is_filtered(params: SamplingParams) -> bool:

@@ -14,7 +14,10 @@ class SamplingParams:
     """
 
     n: int = 1
-    """How many continuations of the prompt; they share the prompt's KV blocks."""
+    """How many continuations of the prompt come out."""
+    best_of: int | None = None
+    """How many are made, all sharing the prompt's KV blocks; None: ``n``. Of more than ``n`` those come out whose
+    log-probability per token, under the model's raw distribution, is highest: whole, at the end, best first."""
     max_tokens: int | None = None
     """Output tokens at most; None means as many as the context length leaves."""
     min_tokens: int = 0
@@ -44,10 +47,20 @@ class SamplingParams:
     """None: no log-probabilities. k: those of the sampled token and of the k most likely ones."""
 
     beams: BeamParams | None = None
-    """Search for the ``n`` most likely outputs instead of sampling them: the fields from temperature to logit_bias and
-    the stop strings then mean nothing, and all output comes at the end."""
+    """Search for the ``n`` most likely outputs with ``best_of`` beams instead of sampling them: the fields from
+    temperature to logit_bias and the stop strings then mean nothing, and all output comes at the end."""
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
-        return self.temperature == 0.0
+        """Whether no token is left to chance."""
+        return self.temperature == 0.0 or self.beams is not None
+
+    @property
+    def width(self) -> int:
+        """How many continuations, or beams, are made."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def ranked(self) -> bool:
+        """Whether sampled continuations compete, so that the log-probability of every token counts."""
+        return self.beams is None and self.width > self.n

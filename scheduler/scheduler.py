@@ -110,6 +110,11 @@ class Scheduler:
         return len(self._queue) + len(self._returning)
 
     @property
+    def num_queued(self) -> int:
+        """Requests that have not run yet."""
+        return len(self._queue)
+
+    @property
     def num_queued_tokens(self) -> int:
         """Prompt tokens of the requests that have not run yet."""
         return self._queue.num_tokens
@@ -341,8 +346,9 @@ class Scheduler:
         self._begun.add(request)
         self._open_places -= 1
         request.cached_tokens = sequence.num_computed_tokens
-        self.counters.prefix_queried_tokens += sequence.num_tokens
-        self.counters.prefix_hit_tokens += sequence.num_computed_tokens
+        if self.config.prefix_caching:
+            self.counters.prefix_queried_tokens += sequence.num_tokens
+            self.counters.prefix_hit_tokens += sequence.num_computed_tokens
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Preempt from the back until ``num_tokens`` more fit; False if the sequence itself had to go."""

@@ -29,7 +29,7 @@ def admit(serving: "Serving", prompts: Sequence[TokenIds]) -> None:
             f"{len(prompts)} prompts are more than the {config.max_queue} that may wait here at a time", param="prompt"
         )
     stats = serving.engine.stats()
-    if stats.num_waiting + len(prompts) > config.max_queue:
+    if stats.num_queued + len(prompts) > config.max_queue:
         raise _queue_full(serving, "queue")
     if config.max_queue_tokens is None or not stats.num_queued_tokens:
         return  # what finds an empty queue gets in, or a long prompt never might

@@ -30,8 +30,13 @@ def create_app(engine: "AsyncEngine", config: ServerConfig, metrics: Metrics | N
     ``metrics`` is the engine's observer; without it /metrics knows only what the engine's ``stats`` say.
 
     Raises:
-        ConfigError: the chat template cannot be read or is not valid.
+        ConfigError: the chat template cannot be read or is not valid, or no batch can ever fill.
     """
+    batch_size = engine.config.batch_size
+    if engine.config.batching == "static" and config.max_queue < batch_size:
+        raise ConfigError(
+            f"--max-queue {config.max_queue}: a static batch waits until --batch-size, {batch_size}, are queued"
+        )
     metrics = metrics or Metrics()
     names = config.served_model_name or (engine.model_name,)
     metrics.attach(engine, names[0], vllm_names=config.metrics_compat)

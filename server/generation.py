@@ -29,7 +29,6 @@ class Generation:
         self._n = n
         self._prompt_tokens = prompt_tokens
         self._client_left = False
-        self.generated_tokens = 0
 
     @classmethod
     def submit(
@@ -76,12 +75,12 @@ class Generation:
 
     @property
     def usage(self) -> dict[str, object]:
-        """OpenAI's usage object, of what has been read so far."""
-        prompt = self._prompt_tokens
+        """OpenAI's usage object, of what has been generated so far."""
+        prompt, generated = self._prompt_tokens, sum(one.generated_tokens for one in self._streams)
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": self.generated_tokens,
-            "total_tokens": prompt + self.generated_tokens,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in self._streams)},
         }
 
@@ -96,7 +95,6 @@ class Generation:
         pairs = _alone(self._streams[0]) if len(self._streams) == 1 else self._merge()
         async with contextlib.aclosing(pairs):
             async for index, output in pairs:
-                self.generated_tokens += len(output.token_ids)
                 unfinished -= output.finish_reason is not None
                 yield index, output
         if unfinished:  # the engine ends an aborted stream without a word

@@ -237,8 +237,11 @@ class Metrics(EngineObserver, Collector):
         }
         if self._engine is not None:
             stats = self._engine.stats()
-            values["num_requests_running"] = ("Requests in the batch.", stats.num_running)
-            values["num_requests_waiting"] = ("Requests in the queue.", stats.num_waiting)
+            values["num_requests_running"] = ("Sequences in the batch.", stats.num_running)
+            values["num_requests_waiting"] = (
+                "Requests that have not begun, and preempted sequences.",
+                stats.num_waiting,
+            )
             values["num_queued_tokens"] = ("Prompt tokens of requests that have not begun.", stats.num_queued_tokens)
             values["kv_cache_usage_perc"] = ("Share of KV blocks in use, 0 to 1.", stats.kv_usage)
             values["host_kv_cache_usage_perc"] = ("The same of the host tier, 0 without one.", stats.host_kv_usage)

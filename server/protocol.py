@@ -5,6 +5,7 @@ are nothing, and a lone surrogate is no text. Unknown fields are ignored, as Ope
 that is known but not served yet is declared as such, and refuses every value but those that change nothing.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -18,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from engine.beam_search import MAX_LENGTH_PENALTY
 from engine.errors import InvalidRequestError
 
 MAX_N = 128
@@ -26,7 +28,7 @@ MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_BIASES = 1024
 MAX_CHOICES = 2048
-"""Prompts times n of one request."""
+"""Prompts times continuations of one request."""
 MAX_NAME_LENGTH = 256
 MAX_USER_LENGTH = 1024
 MAX_TIMEOUT = 86400
@@ -36,6 +38,20 @@ MAX_TEMPLATE_VALUES = 4096
 """Values in a request's ``chat_template_kwargs``, nested ones included."""
 MAX_IDS = 2**20
 """Token ids in a list, whatever the model: more are not even counted."""
+_OF_SAMPLING: Mapping[str, tuple[object, ...]] = {
+    "temperature": (0,),
+    "top_p": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "stop": ([],),
+}
+"""Fields that a beam search does not know, and their values that ask for nothing."""
+_OF_BEAMS: Mapping[str, tuple[object, ...]] = {"length_penalty": (1,), "early_stopping": (False,)}
+"""The same of fields that only a beam search knows."""
 
 TokenIds = list[int]
 _INTS = {"type": "array", "items": {"type": "integer"}}
@@ -98,6 +114,12 @@ def _stops(value: object) -> list[str]:
     return stops
 
 
+def _early_stopping(value: object) -> object:
+    if not (value is None or isinstance(value, bool) or value == "never"):
+        raise ValueError("must be true, false or 'never'")
+    return value
+
+
 def _template_values(value: dict[str, Any] | None) -> dict[str, Any] | None:
     """``value``, unless it holds too much."""
     count, rest = 0, [value]
@@ -141,6 +163,11 @@ Stops = Annotated[
     PlainValidator(_stops),
     WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS, {"type": "null"}]}),
 ]
+EarlyStopping = Annotated[
+    bool | Literal["never"] | None,
+    PlainValidator(_early_stopping),
+    WithJsonSchema({"enum": [True, False, "never", None]}),
+]
 Content = Annotated[
     str | None,
     PlainValidator(_content),
@@ -167,6 +194,7 @@ class SamplingBody(Body):
 
     model: Name | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -189,13 +217,16 @@ class SamplingBody(Body):
     ) = None
     ignore_eos: bool | None = None
 
+    use_beam_search: bool | None = None
+    length_penalty: Annotated[float, Field(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] | None = None
+    early_stopping: EarlyStopping = None
+
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)] | None = None
     user: Annotated[str, Field(max_length=MAX_USER_LENGTH)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
 
     kv_policy: Annotated[Any, unserved("full", {"type": "full"})] = None
-    use_beam_search: Annotated[Any, unserved(False)] = None
     bad_words: Annotated[Any, unserved([])] = None
     allowed_token_ids: Annotated[Any, unserved()] = None
     prompt_logprobs: Annotated[Any, unserved()] = None
@@ -215,6 +246,26 @@ class SamplingBody(Body):
             raise InvalidRequestError("stream_options is only allowed when stream is true", param="stream_options")
         return self
 
+    @model_validator(mode="after")
+    def _best_come_at_the_end(self) -> Self:
+        n = self.n or 1
+        if self.best_of is not None and self.best_of < n:
+            raise InvalidRequestError(f"best_of must be at least n, which is {n}", param="best_of")
+        if self.stream and (self.use_beam_search or (self.best_of or n) > n):
+            cause = "use_beam_search" if self.use_beam_search else "best_of above n"
+            raise InvalidRequestError(f"{cause} cannot stream: what is best is known only at the end", param="stream")
+        return self
+
+    @model_validator(mode="after")
+    def _beams_or_sampling(self) -> Self:
+        misplaced = _OF_SAMPLING if self.use_beam_search else _OF_BEAMS
+        for name, neutral in misplaced.items():
+            value = getattr(self, name)
+            if value is not None and value not in neutral:
+                only = "without use_beam_search" if self.use_beam_search else "when use_beam_search is true"
+                raise InvalidRequestError(f"{name} is only allowed {only}", param=name)
+        return self
+
 
 class CompletionRequest(SamplingBody):
     """POST /v1/completions."""
@@ -223,7 +274,6 @@ class CompletionRequest(SamplingBody):
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     add_special_tokens: bool | None = None
 
     suffix: Annotated[Any, unserved("")] = None
@@ -231,15 +281,13 @@ class CompletionRequest(SamplingBody):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        n = self.n or 1
-        if self.best_of is not None and self.best_of != n:
-            raise InvalidRequestError("best_of other than n is not served yet", param="best_of")
         if self.echo and self.logprobs is not None:
             raise InvalidRequestError("logprobs together with echo is not served yet", param="logprobs")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequestError("max_tokens may only be 0 together with echo", param="max_tokens")
-        if len(self.prompt) * n > MAX_CHOICES:
-            raise InvalidRequestError(f"prompts times n must be at most {MAX_CHOICES}", param="n")
+        name = "n" if self.best_of is None else "best_of"
+        if len(self.prompt) * (self.best_of or self.n or 1) > MAX_CHOICES:
+            raise InvalidRequestError(f"prompts times {name} must be at most {MAX_CHOICES}", param=name)
         return self
 
 

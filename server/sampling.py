@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from engine.beam_search import BeamParams
 from engine.errors import InvalidRequestError
 from engine.sampling_params import SamplingParams
 
@@ -37,13 +38,21 @@ def sampling_params(
     serving.check_ids(stop_ids, "stop_token_ids")
     if (body.min_tokens or 0) > max_tokens:
         raise InvalidRequestError(f"min_tokens must be at most {max_tokens} here", param="min_tokens")
+    beams = _beams(body) if body.use_beam_search else None
     given = {name: getattr(body, name) for name in (*_DEFAULTED, *_OPTIONAL)}
     return SamplingParams(
         n=body.n or 1,
+        best_of=body.best_of,
+        beams=beams,
         max_tokens=max_tokens,
         logprobs=logprobs,
         logit_bias=bias,
         stop=tuple(body.stop),
         stop_token_ids=tuple(stop_ids),
-        **with_defaults(given, serving.engine.default_sampling),
+        **with_defaults(given, serving.engine.default_sampling if beams is None else {}),
     )
+
+
+def _beams(body: "SamplingBody") -> BeamParams:
+    given = {name: getattr(body, name) for name in ("length_penalty", "early_stopping")}
+    return BeamParams(**{name: value for name, value in given.items() if value is not None})

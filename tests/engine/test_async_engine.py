@@ -62,7 +62,7 @@ def _is_idle(engine: AsyncEngine) -> bool:
     ids=str,
 )
 def test_a_beam_search_finds_the_same_however_it_is_scheduled(tiny: LoadedModel, limits: dict[str, Any]) -> None:
-    params = SamplingParams(max_tokens=20, n=3, beams=BeamParams(width=4), logprobs=0)
+    params = SamplingParams(max_tokens=20, n=3, best_of=4, beams=BeamParams(), logprobs=0)
     expected = [generate(tiny, [prompt], params)[0] for prompt in _PROMPTS[:6]]
     answers = generate(tiny, _PROMPTS[:6], params, **limits)
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
@@ -72,14 +72,58 @@ def test_a_beam_search_finds_the_same_however_it_is_scheduled(tiny: LoadedModel,
         assert sums == sorted(sums, reverse=True)
 
 
-async def test_an_aborted_beam_search_leaves_nothing_behind(tiny: LoadedModel) -> None:
-    params = SamplingParams(max_tokens=200, beams=BeamParams(width=4), ignore_eos=True)
+@pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 3}, {"kv_cache_memory": _SMALL}], ids=str)
+@pytest.mark.parametrize("logprobs", [None, 2])
+async def test_the_likeliest_continuations_by_token_come_out_whole_and_best_first(
+    tiny: LoadedModel, logprobs: int | None, limits: dict[str, Any]
+) -> None:
+    ends = SamplingParams(temperature=2.0, max_tokens=9, seed=3, stop_token_ids=tuple(range(60, 120)), logprobs=2)
+    async with _Running(tiny, **limits) as engine:
+        every = await ask(engine, _PROMPTS[4], dataclasses.replace(ends, n=8))
+        stream = engine.submit(
+            _PROMPTS[4], dataclasses.replace(ends, n=3, best_of=8, logprobs=logprobs), request_id="best"
+        )
+        outputs = await _read(stream)
+    own = {index: [one for o in every.outputs if o.index == index for one in o.logprobs] for index in range(8)}
+    totals = {index: sum(one.logprob for one in tokens) for index, tokens in own.items()}
+    best = sorted(range(8), key=lambda index: -totals[index] / len(own[index]))
+    assert best[:3] != sorted(totals, key=lambda index: -totals[index])[:3], "not the likeliest as a whole"
+    assert best[:3] != sorted(best[:3]), "not as they were begun"
+    assert [output.index for output in outputs] == [0, 1, 2]
+    assert [list(output.token_ids) for output in outputs] == [every.tokens[index] for index in best[:3]]
+    assert [output.text for output in outputs] == [every.text[index] for index in best[:3]]
+    assert [list(output.logprobs) for output in outputs] == [own[index] if logprobs else [] for index in best[:3]]
+    assert stream.generated_tokens == sum(map(len, every.tokens.values()))
+
+
+async def test_as_many_as_are_made_come_as_they_are_made(tiny: LoadedModel) -> None:
+    async with _Running(tiny) as engine:
+        plain = await ask(engine, _PROMPTS[4], dataclasses.replace(_SAMPLED, n=3))
+        best = await ask(engine, _PROMPTS[4], dataclasses.replace(_SAMPLED, n=3, best_of=3))
+    assert best.outputs == plain.outputs
+
+
+async def test_the_tokens_of_beams_that_are_not_shown_count_too(tiny: LoadedModel) -> None:
+    params = SamplingParams(max_tokens=5, n=1, best_of=4, beams=BeamParams(), ignore_eos=True, logprobs=2)
+    async with _Running(tiny) as engine:
+        stream = engine.submit(_PROMPTS[4], params, request_id="a")
+        (output,) = await _read(stream)
+    assert (len(output.token_ids), stream.generated_tokens) == (5, 20)
+    assert [len(one.top) for one in output.logprobs] == [2] * 5
+
+
+@pytest.mark.parametrize("beams", [None, BeamParams()], ids=["best of", "beams"])
+async def test_what_is_aborted_before_the_best_are_known_leaves_nothing_behind(
+    tiny: LoadedModel, beams: BeamParams | None
+) -> None:
+    params = SamplingParams(max_tokens=200, best_of=4, beams=beams, ignore_eos=True)
     async with _Running(tiny) as engine:
         stream = engine.submit([3, 4, 5], params, request_id="a")
         await asyncio.sleep(0.05)
         assert engine.stats().num_running == 4
         stream.abort()
         assert _is_idle(engine)
+        assert await _read(stream) == []
         await ask(engine, [1, 2], GREEDY)
 
 
@@ -340,6 +384,9 @@ async def test_a_failing_step_fails_open_requests_and_health_and_leaves_nobody_w
         ([5], {"n": 0}, "n", "n must be at least 1"),
         ([5], {"logprobs": 321}, "logprobs", "logprobs must be from 0 to 320"),
         ([5], {"n": 65}, "n", "65 sequences are more than the 64"),
+        ([5], {"best_of": 65}, "best_of", "65 sequences are more than the 64"),
+        ([5], {"best_of": 65, "beams": BeamParams()}, "best_of", "65 sequences are more than the 64"),
+        ([5], {"n": 3, "best_of": 2}, "best_of", r"best_of must be at least n \(3\)"),
     ],
 )
 async def test_a_request_that_can_never_be_served_is_refused_with_the_field_at_fault(
@@ -358,7 +405,8 @@ async def test_a_request_fills_the_context_to_its_last_token(tiny: LoadedModel) 
     assert (len(answer.tokens[0]), answer.outputs[-1].finish_reason) == (6, "length")
 
 
-async def test_times_add_up(tiny: LoadedModel) -> None:
+@pytest.mark.parametrize("beams", [None, BeamParams()], ids=["sampled", "beams"])
+async def test_times_add_up(tiny: LoadedModel, beams: BeamParams | None) -> None:
     records: list[RequestRecord] = []
 
     class Recorder(EngineObserver):
@@ -367,7 +415,7 @@ async def test_times_add_up(tiny: LoadedModel) -> None:
 
     async with _Running(tiny) as engine:
         engine.observer = Recorder()
-        await ask(engine, _PROMPTS[3], GREEDY)
+        await ask(engine, _PROMPTS[3], dataclasses.replace(GREEDY, best_of=3 if beams else None, beams=beams))
     (record,) = records
     assert record.queue_seconds is not None
     assert record.prefill_seconds is not None
@@ -375,5 +423,6 @@ async def test_times_add_up(tiny: LoadedModel) -> None:
     assert record.e2e_seconds == pytest.approx(
         record.queue_seconds + record.prefill_seconds + record.decode_seconds, abs=1e-3
     )
+    assert record.decode_seconds > 0
     assert record.seconds_per_output_token == pytest.approx(record.decode_seconds / 15)
     assert (record.prompt_tokens, record.generated_tokens, record.finish_reason) == (15, 16, "length")

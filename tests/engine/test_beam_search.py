@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.beam_search import BeamParams, BeamSearch, Candidate, Extension, Hypothesis
+from engine.outputs import TokenLogprob
 from scheduler.request import StopRule
 from tests.engine.checkpoints import SHAPE, random_model
 
@@ -20,15 +21,22 @@ Step = Callable[[Sequence[Sequence[int]], int], list[list[Candidate]]]
 _NEVER = float("-inf")
 
 
-def _search(step: Step, params: BeamParams, stop: StopRule, num_candidates: int | None = None) -> list[Hypothesis]:
+def _search(
+    step: Step, width: int, params: BeamParams, stop: StopRule, num_candidates: int | None = None
+) -> list[Hypothesis]:
     """All hypotheses of a search, driven as an engine would drive it."""
-    search = BeamSearch(params, stop)
+    search = BeamSearch(width, params, stop)
     beams: list[list[int]] = [[]]
     while beams:
         extensions = search.advance(step(beams, num_candidates or search.num_candidates))
-        assert len(extensions) <= params.width
+        assert len(extensions) <= width
         beams = [[*beams[extension.parent], extension.token] for extension in extensions]
-    return search.best(params.width)
+    return search.best(width)
+
+
+def _hypothesis(tokens: Sequence[int], logprobs: Sequence[float], score: float, reason: Any) -> Hypothesis:
+    chosen = tuple(TokenLogprob(*one, top=()) for one in zip(tokens, logprobs, strict=True))
+    return Hypothesis(chosen, score, reason)
 
 
 class _Table:
@@ -98,13 +106,15 @@ def _step_of(model: Any, prompt: Sequence[int]) -> Step:
     return step
 
 
-def _by_transformers(model: Any, prompt: Sequence[int], params: BeamParams, stop: StopRule) -> list[Hypothesis]:
+def _by_transformers(
+    model: Any, prompt: Sequence[int], width: int, params: BeamParams, stop: StopRule
+) -> list[Hypothesis]:
     """What ``generate`` returns, in our terms."""
     result = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        num_beams=params.width,
-        num_return_sequences=params.width,
+        num_beams=width,
+        num_return_sequences=width,
         length_penalty=params.length_penalty,
         early_stopping=params.early_stopping,
         max_new_tokens=stop.max_tokens,
@@ -123,7 +133,7 @@ def _by_transformers(model: Any, prompt: Sequence[int], params: BeamParams, stop
         length = int((beams >= 0).sum())
         tokens = row[len(prompt) : len(prompt) + length].tolist()
         reason = "stop" if tokens[-1] in stop.stop_token_ids else "length"
-        hypotheses.append(Hypothesis(tuple(tokens), tuple(own[:length].tolist()), score, reason))  # type: ignore[arg-type]
+        hypotheses.append(_hypothesis(tokens, own[:length].tolist(), score, reason))
     return hypotheses
 
 
@@ -137,7 +147,7 @@ def _random_task(model: Any, seed: int | str) -> tuple[list[int], StopRule]:
     if random.random() < 0.6:
         stop_token_ids = random.sample(vocabulary, random.choice([30, 60]))
     else:
-        free = _search(_step_of(model, prompt), BeamParams(width=4), StopRule(max_tokens=5))
+        free = _search(_step_of(model, prompt), 4, BeamParams(), StopRule(max_tokens=5))
         stop_token_ids = random.sample([token for one in free for token in one.tokens], random.choice([0, 1, 2, 4]))
     return prompt, StopRule(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=frozenset(stop_token_ids))
 
@@ -146,7 +156,7 @@ def _assert_equal(ours: list[Hypothesis], theirs: list[Hypothesis]) -> None:
     assert [(one.tokens, one.finish_reason) for one in ours] == [(one.tokens, one.finish_reason) for one in theirs]
     for one, other in zip(ours, theirs, strict=True):
         assert one.score == pytest.approx(other.score, abs=1e-4)
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert [t.logprob for t in one.logprobs] == pytest.approx([t.logprob for t in other.logprobs], abs=1e-4)
 
 
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
@@ -155,10 +165,12 @@ def _assert_equal(ours: list[Hypothesis], theirs: list[Hypothesis]) -> None:
 def test_hypotheses_and_scores_are_those_of_transformers(
     model: Any, width: int, length_penalty: float, early_stopping: Any
 ) -> None:
-    params = BeamParams(width=width, length_penalty=length_penalty, early_stopping=early_stopping)
+    params = BeamParams(length_penalty=length_penalty, early_stopping=early_stopping)
     for i in range(2):
-        prompt, stop = _random_task(model, seed=f"{params} {i}")
-        _assert_equal(_search(_step_of(model, prompt), params, stop), _by_transformers(model, prompt, params, stop))
+        prompt, stop = _random_task(model, seed=f"{width} {params} {i}")
+        _assert_equal(
+            _search(_step_of(model, prompt), width, params, stop), _by_transformers(model, prompt, width, params, stop)
+        )
 
 
 def test_each_kind_of_early_stopping_finds_what_it_finds_in_transformers(model: Any) -> None:
@@ -166,9 +178,9 @@ def test_each_kind_of_early_stopping_finds_what_it_finds_in_transformers(model: 
     found = []
     kinds: tuple[Any, ...] = (True, False, "never")
     for kind in kinds:
-        params = BeamParams(width=4, early_stopping=kind)
-        found.append(_search(_step_of(model, prompt), params, stop))
-        _assert_equal(found[-1], _by_transformers(model, prompt, params, stop))
+        params = BeamParams(early_stopping=kind)
+        found.append(_search(_step_of(model, prompt), 4, params, stop))
+        _assert_equal(found[-1], _by_transformers(model, prompt, 4, params, stop))
     assert found[0] != found[1] != found[2] != found[0]
     assert found[0][0].score <= found[1][0].score <= found[2][0].score
 
@@ -177,7 +189,7 @@ def test_each_kind_of_early_stopping_finds_what_it_finds_in_transformers(model: 
 def test_one_beam_is_greedy(model: Any, early_stopping: Any) -> None:
     for seed in range(6):
         prompt, stop = _random_task(model, seed)
-        (ours,) = _search(_step_of(model, prompt), BeamParams(width=1, early_stopping=early_stopping), stop)
+        (ours,) = _search(_step_of(model, prompt), 1, BeamParams(early_stopping=early_stopping), stop)
         greedy = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
@@ -215,8 +227,8 @@ def test_a_search_wide_enough_finds_every_output_in_order_of_score(
     table = _Table(seed, vocab)
     num_stops = min(num_stops, vocab - 1)  # or all outputs might be forbidden
     stop = StopRule(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=frozenset(range(num_stops)))
-    params = BeamParams(width=vocab**max_tokens, length_penalty=length_penalty, early_stopping=early_stopping)
-    found = _search(table, params, stop)
+    params = BeamParams(length_penalty=length_penalty, early_stopping=early_stopping)
+    found = _search(table, vocab**max_tokens, params, stop)
     every = {output: table.score(output, length_penalty) for output in table.every_output(stop)}
     assert [one.tokens for one in found] == sorted(every, key=lambda output: -every[output])
     assert [one.score for one in found] == pytest.approx(sorted(every.values(), reverse=True))
@@ -234,10 +246,10 @@ def test_a_search_wide_enough_finds_every_output_in_order_of_score(
 def test_more_candidates_than_asked_for_change_nothing(
     seed: int, width: int, stop_token_ids: frozenset[int], min_tokens: int, early_stopping: Any
 ) -> None:
-    table, params = _Table(seed, vocab=12), BeamParams(width=width, early_stopping=early_stopping)
+    table, params = _Table(seed, vocab=12), BeamParams(early_stopping=early_stopping)
     stop = StopRule(max_tokens=6, min_tokens=min_tokens, stop_token_ids=stop_token_ids)
-    found = _search(table, params, stop)
-    assert found == _search(table, params, stop, num_candidates=table.vocab)
+    found = _search(table, width, params, stop)
+    assert found == _search(table, width, params, stop, num_candidates=table.vocab)
     assert len(found) == width
     assert not any(stop_token_ids & set(one.tokens[: max(min_tokens, len(one.tokens) - 1)]) for one in found)
 
@@ -247,18 +259,18 @@ def test_more_candidates_than_asked_for_change_nothing(
 
 def test_an_end_that_is_not_among_the_best_continuations_is_dropped() -> None:
     stop = StopRule(max_tokens=9, stop_token_ids=frozenset({0}))
-    search = BeamSearch(BeamParams(width=2), stop)
+    search = BeamSearch(2, BeamParams(), stop)
     assert search.num_candidates == 3
     assert search.advance([[(1, -0.5), (2, -1.0), (0, -2.0)]]) == (Extension(0, 1), Extension(0, 2))
     assert search.best(2) == []
     # An end among the best does not cost a live beam: the third best goes on in its place.
     extensions = search.advance([[(3, -1.0), (4, -2.0), (0, -3.0)], [(0, -0.1), (5, -4.0), (6, -5.0)]])
     assert extensions == (Extension(0, 3), Extension(0, 4))
-    assert search.best(2) == [Hypothesis((2, 0), (-1.0, -0.1), -1.1 / 2, "stop")]
+    assert search.best(2) == [_hypothesis((2, 0), (-1.0, -0.1), -1.1 / 2, "stop")]
 
 
 def test_equal_sums_rank_by_beam_and_then_as_they_came() -> None:
-    search = BeamSearch(BeamParams(width=3), StopRule(max_tokens=9))
+    search = BeamSearch(3, BeamParams(), StopRule(max_tokens=9))
     assert [one.token for one in search.advance([[(8, -1.0), (7, -1.0), (9, -1.0)]])] == [8, 7, 9]
     rows = [[(1, -1.0)], [(2, -0.5), (1, -0.5)], [(3, -0.5)]]
     assert search.advance(rows) == (Extension(1, 2), Extension(1, 1), Extension(2, 3))
@@ -266,7 +278,7 @@ def test_equal_sums_rank_by_beam_and_then_as_they_came() -> None:
 
 @pytest.mark.parametrize("impossible", [_NEVER, math.nan])
 def test_impossible_tokens_are_never_taken_and_leave_fewer_beams(impossible: float) -> None:
-    search = BeamSearch(BeamParams(width=3), StopRule(max_tokens=2))
+    search = BeamSearch(3, BeamParams(), StopRule(max_tokens=2))
     assert search.advance([[(1, -0.5), (2, impossible), (3, impossible)]]) == (Extension(0, 1),)
     assert search.advance([[(4, -1.0), (5, -2.0), (6, impossible)]]) == ()
     assert [one.tokens for one in search.best(3)] == [(1, 4), (1, 5)]
@@ -276,40 +288,53 @@ def test_beams_that_cannot_go_on_count_only_if_nothing_was_found() -> None:
     stop = StopRule(max_tokens=9, stop_token_ids=frozenset({0}))
     nowhere = [(1, _NEVER), (2, _NEVER)]
     first = [[(1, -1.0), (2, -2.0)]]
-    assert _search(_scripted(first, [nowhere, nowhere]), BeamParams(width=2), stop) == [
-        Hypothesis((1,), (-1.0,), -1.0, "length"),
-        Hypothesis((2,), (-2.0,), -2.0, "length"),
+    assert _search(_scripted(first, [nowhere, nowhere]), 2, BeamParams(), stop) == [
+        _hypothesis((1,), (-1.0,), -1.0, "length"),
+        _hypothesis((2,), (-2.0,), -2.0, "length"),
     ]
     first = [[(1, -1.0), (0, -2.0), (2, -3.0)]]
-    assert _search(_scripted(first, [nowhere, nowhere]), BeamParams(width=2), stop) == [
-        Hypothesis((0,), (-2.0,), -2.0, "stop")
+    assert _search(_scripted(first, [nowhere, nowhere]), 2, BeamParams(), stop) == [
+        _hypothesis((0,), (-2.0,), -2.0, "stop")
     ]
-    assert _search(_scripted([nowhere]), BeamParams(width=2), stop) == [Hypothesis((), (), 0.0, "length")]
+    assert _search(_scripted([nowhere]), 2, BeamParams(), stop) == [_hypothesis((), (), 0.0, "length")]
+
+
+def test_each_token_comes_with_the_most_likely_ones_of_its_place() -> None:
+    first = [(1, -1.0), (2, -2.0), (3, -3.0)]
+    second = [[(4, -1.0), (5, -2.0), (6, -3.0)], [(7, -0.1), (8, -4.0), (9, -5.0)]]
+    search = BeamSearch(2, BeamParams(), StopRule(max_tokens=2), num_top=3)
+    assert search.num_candidates == 3
+    search.advance([first])
+    search.advance(second)
+    best, other = search.best(2)
+    assert (best.tokens, other.tokens) == ((1, 4), (2, 7))
+    assert best.logprobs[1] == TokenLogprob(4, -1.0, tuple(second[0]))
+    assert [token.top for token in other.logprobs] == [tuple(first), tuple(second[1])]
 
 
 def test_a_stop_token_in_the_last_place_is_a_stop() -> None:
     stop = StopRule(max_tokens=1, stop_token_ids=frozenset({0}))
-    found = _search(_scripted([[(1, -0.5), (0, -1.0), (2, -2.0)]]), BeamParams(width=2), stop)
+    found = _search(_scripted([[(1, -0.5), (0, -1.0), (2, -2.0)]]), 2, BeamParams(), stop)
     assert [(one.tokens, one.finish_reason) for one in found] == [((1,), "length"), ((0,), "stop")]
 
 
 def test_every_live_beam_brings_its_own_candidates() -> None:
-    search = BeamSearch(BeamParams(width=2), StopRule(max_tokens=9))
+    search = BeamSearch(2, BeamParams(), StopRule(max_tokens=9))
     with pytest.raises(ValueError, match="2 lists of candidates for 1 live beams"):
         search.advance([[(1, -1.0)], [(2, -1.0)]])
 
 
-@pytest.mark.parametrize("wrong", [{"width": 0}, {"length_penalty": math.nan}, {"length_penalty": math.inf}])
+@pytest.mark.parametrize("wrong", [{"length_penalty": math.nan}, {"length_penalty": math.inf}])
 def test_parameters_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"beam width is|length_penalty is"):
-        BeamParams(**{"width": 2, **wrong})
+    with pytest.raises(ValueError, match="length_penalty is"):
+        BeamParams(**wrong)
 
 
 @pytest.mark.parametrize("length_penalty", [-10.0, 10.0])
 def test_long_outputs_and_extreme_penalties_stay_finite(length_penalty: float) -> None:
     length = 5_000
-    params = BeamParams(width=2, length_penalty=length_penalty, early_stopping="never")
-    search, live = BeamSearch(params, StopRule(max_tokens=length)), 1
+    params = BeamParams(length_penalty=length_penalty, early_stopping="never")
+    search, live = BeamSearch(2, params, StopRule(max_tokens=length)), 1
     while live:
         live = len(search.advance([[(1, -0.5), (2, -1.0)]] * live))
     best, second = search.best(2)

@@ -70,8 +70,7 @@ def test_greedy_output_equals_that_of_transformers(
 
 @torch.inference_mode()
 def test_beam_search_equals_that_of_transformers(embedded: LoadedModel, oracle: Any, prompts: list[list[int]]) -> None:
-    beams = BeamParams(width=3, length_penalty=0.8)
-    params = SamplingParams(max_tokens=8, n=2, beams=beams)
+    params = SamplingParams(max_tokens=8, n=2, best_of=3, beams=BeamParams(length_penalty=0.8))
     answers = generate(embedded, prompts[:8], params, max_num_batched_tokens=32)
     for prompt, answer in zip(prompts[:8], answers, strict=True):
         expected = oracle.generate(

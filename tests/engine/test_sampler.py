@@ -188,6 +188,13 @@ def test_logprobs_are_those_of_the_raw_distribution() -> None:
 
 
 def test_rows_may_ask_for_different_numbers_of_logprobs() -> None:
-    logits = torch.stack([_logits(seed) for seed in range(3)])
-    samples = sample(logits, [_row(logprobs=0), _row(), _row(logprobs=2)])
-    assert [None if one.logprob is None else len(one.logprob.top) for one in samples] == [0, None, 2]
+    logits = torch.stack([_logits(seed) for seed in range(5)])
+    rows = [_row(logprobs=0), _row(), _row(logprobs=2), _row(best_of=2), _row(logprobs=3)]
+    samples = sample(logits, rows)
+    assert [None if one.logprob is None else len(one.logprob.top) for one in samples] == [0, None, 2, 0, 3]
+    for row, own, one in zip(rows, logits, samples, strict=True):
+        asked = SampleRow(SamplingParams(logprobs=3), row.seed, row.tokens, row.num_prompt_tokens, row.stop_token_ids)
+        (alone,) = sample(own[None], [asked])
+        if one.logprob is not None and alone.logprob is not None:
+            assert one.logprob.logprob == alone.logprob.logprob
+            assert one.logprob.top == alone.logprob.top[: len(one.logprob.top)]

@@ -59,6 +59,7 @@ class FakeStream:
     aborted: bool = False
     produced: int = 0
     cached_tokens: int = 0
+    generated_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.prompt)
@@ -80,10 +81,12 @@ class FakeStream:
         self.cached_tokens = len(self.prompt) // 16 * 16
         self.produced += 1
         try:
-            return next(self._outputs)
+            output = next(self._outputs)
         except StopIteration:
             self.engine.open.discard(self)
             raise StopAsyncIteration from None
+        self.generated_tokens += len(output.token_ids)
+        return output
 
     def abort(self) -> None:
         if self in self.engine.open:
@@ -183,6 +186,7 @@ class FakeEngine:
         return SimpleNamespace(
             num_running=len(self.open),
             num_waiting=self.waiting,
+            num_queued=self.waiting,
             num_queued_tokens=self.queued_tokens,
             kv_usage=0.25,
             host_kv_usage=0.5,

@@ -1,11 +1,12 @@
-"""The real engine and scheduler around a model that only says "A": what is ordered, delayed and refused is real."""
+"""The real engine and scheduler around a model that has a script: what is ordered, chosen and refused is real."""
 
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ from engine.engine_info import EngineInfo
 from engine.launch import scheduler_config
 from engine.memory import MemoryPlan
 from engine.sampler import Sample, SampleRow
-from scheduler.batch import ScheduledBatch
+from scheduler.batch import ScheduledBatch, ScheduledSequence
 from scheduler.scheduler import Scheduler
 from server.config import ServerConfig
 from tests.server.conftest import Live, running, wait_until
@@ -25,28 +26,48 @@ from tests.server.fakes import byte_tokenizer
 _AMPLE = MemoryPlan(num_blocks=256, num_host_blocks=0, max_model_len=512)
 
 
+Script = Callable[[SampleRow], Sample]
+"""What follows a row's tokens."""
+
+
+def only_a(row: SampleRow) -> Sample:
+    """Everybody's next token is the same."""
+    del row
+    return Sample(token("A"))
+
+
+def token(character: str) -> int:
+    """How the byte tokenizer spells printable ASCII."""
+    return ord(character) - ord("!")
+
+
 class Model:
     """Stands for `ModelRunner`: a step waits while the gate is closed, then takes ``pace`` seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: Script = only_a) -> None:
+        self.script = script
         self.gate = threading.Event()
         self.gate.set()
         self.pace = 0.0
         self.begun: list[str] = []
         """The first two letters of each prompt, in the order in which they were first computed."""
+        self.last: tuple[ScheduledSequence, ...] = ()
+        """What was computed last."""
 
     def execute(self, batch: ScheduledBatch, rows: Sequence[SampleRow]) -> list[list[Sample]]:
-        """Everybody's next token is the same."""
+        """Let each row go on as the script says."""
+        self.last = batch.items
         for item in batch.items:
             if item.start == 0 and item.sequence.num_output_tokens == 0:
                 self.begun.append(_text(item.tokens[1:3]))
         assert self.gate.wait(10)
         time.sleep(self.pace)
-        return [[Sample(ord("A") - ord("!"))] * item.num_samples for item in batch.items]
+        samples = map(self.script, rows)
+        return [list(islice(samples, item.num_samples)) for item in batch.items]
 
 
 def _text(tokens: Iterable[int]) -> str:
-    """What the byte tokenizer spells, of printable ASCII."""
+    """The reverse of ``token``."""
     return "".join(chr(token + ord("!")) for token in tokens)
 
 
@@ -108,10 +129,11 @@ def staged(
     *,
     key: str = "none",
     plan: MemoryPlan = _AMPLE,
+    script: Script = only_a,
     **settings: Any,
 ) -> Iterator[Stage]:
     """A server with a place for one sequence unless ``settings``, those of the engine, say otherwise."""
-    model = Model()
+    model = Model(script)
     engine = _engine(EngineConfig(**{"max_num_seqs": 1, "prefix_caching": False, **settings}), plan, model)
     with running(engine, config or ServerConfig(port=0), key) as live:
         engine.observer = live.metrics

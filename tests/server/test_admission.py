@@ -5,6 +5,10 @@ from typing import Any
 
 import pytest
 
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.memory import MemoryPlan
+from server.app import create_app
 from server.config import ServerConfig
 from tests.server.conftest import Live, wait_until
 from tests.server.fakes import FakeEngine
@@ -110,6 +114,23 @@ def test_of_many_that_come_at_once_as_many_wait_as_may() -> None:
             assert stage.size == 4
         assert first.result().status_code == 200
         assert sorted(answer.result().status_code for answer in others) == [200] * 3 + [429] * 17
+
+
+def test_a_queue_too_short_to_fill_a_static_batch_is_refused_at_the_start() -> None:
+    engine = FakeEngine(config=EngineConfig(batching="static", batch_size=4))
+    create_app(engine, ServerConfig(max_queue=4))
+    with pytest.raises(ConfigError, match="--max-queue 3: a static batch waits until --batch-size, 4, are queued"):
+        create_app(engine, ServerConfig(max_queue=3))
+
+
+def test_who_was_preempted_takes_no_place_in_the_queue() -> None:
+    plan = MemoryPlan(num_blocks=8, num_host_blocks=0, max_model_len=128)
+    with staged(ServerConfig(port=0, max_queue=1), plan=plan, max_num_seqs=4) as stage:
+        stage.model.pace = 0.002
+        first = stage.pool.submit(stage.post, prompt="a0", n=4, max_tokens=100)
+        assert wait_until(lambda: stage.live.engine.stats().num_waiting > 1)
+        assert stage.post(prompt="b0", timeout=0.001).json()["error"]["code"] == "queue_timeout", "it waits"
+        assert first.result().status_code == 200
 
 
 def test_a_flood_of_tokens_is_stopped_and_passes_when_there_is_room() -> None:

@@ -175,6 +175,8 @@ def test_null_and_neutral_values_ask_for_nothing(live: Live) -> None:
         "logit_bias": None,
         "guided_json": None,
         "use_beam_search": False,
+        "length_penalty": 1,
+        "early_stopping": False,
         "response_format": {"type": "text"},
         "kv_policy": "full",
         "unknown": {"field": 1},

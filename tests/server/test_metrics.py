@@ -165,6 +165,18 @@ def test_blocks_that_a_scheduler_swaps_show_on_the_page() -> None:
         assert value("host_kv_cache_usage_perc") == 0
 
 
+@pytest.mark.parametrize("caching", [True, False])
+def test_prefix_hits_are_a_share_of_what_was_looked_up(caching: bool) -> None:
+    with staged(prefix_caching=caching, max_num_seqs=4) as stage:
+        usages = [stage.post(prompt=["p" * 40, "p" * 20], n=2).json()["usage"] for _ in range(2)]
+        page = samples(stage.live.http.get("/metrics").content)
+        queried, hit = (page[f"octavo:prefix_cache_{name}_total", frozenset()] for name in ("queries", "hits"))
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    assert cached == ([16, 48] if caching else [0, 0]), "the second prompt finds the first one's block"
+    assert hit == sum(cached)
+    assert queried == (sum(usage["prompt_tokens"] for usage in usages) if caching else 0)
+
+
 def test_a_prompt_is_counted_once_however_many_answers_it_has(metrics: Metrics) -> None:
     for index in range(3):
         record = RequestRecord(index=index, finish_reason="stop", prompt_tokens=9, generated_tokens=2, e2e_seconds=1.0)

@@ -93,6 +93,27 @@ def test_another_seed_gives_another_answer(real: Live) -> None:
     assert len(answers) > 1
 
 
+def test_the_best_of_several_are_the_likeliest_of_them(real: Live) -> None:
+    arguments = {"prompt": STORY, "temperature": 1.2, "seed": 5, "max_tokens": 12}
+    every = _complete(real, n=6, logprobs=0, **arguments)
+    means = [sum(values) / len(values) for values in (choice.logprobs.token_logprobs for choice in every.choices)]
+    likeliest = sorted(range(6), key=lambda index: -means[index])
+    best = _complete(real, n=2, best_of=6, **arguments)
+    assert [choice.text for choice in best.choices] == [every.choices[index].text for index in likeliest[:2]]
+    assert best.choices[0].logprobs is None
+    assert best.usage.completion_tokens == every.usage.completion_tokens
+
+
+def test_a_beam_search_finds_likelier_text_than_the_greedy_way(real: Live) -> None:
+    arguments = {"prompt": STORY, "max_tokens": 12, "logprobs": 1}
+    greedy = _complete(real, **arguments).choices[0]
+    answer = _complete(real, n=2, best_of=4, extra_body={"use_beam_search": True}, **arguments)
+    means = [sum(one.logprobs.token_logprobs) / len(one.logprobs.tokens) for one in (*answer.choices, greedy)]
+    assert means == sorted(means, reverse=True)
+    assert answer.choices[0].text != greedy.text
+    assert answer.usage.completion_tokens == 48
+
+
 def test_a_stop_string_ends_the_text_before_it(real: Live) -> None:
     answer = _complete(real, stop=[" 14", "\n"], max_tokens=40)
     assert answer.choices[0].text == " 8, 10, 12,"

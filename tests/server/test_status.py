@@ -43,9 +43,12 @@ def test_a_draining_server_is_alive_but_takes_no_more(start: Callable[..., Live]
 
 def test_the_api_describes_its_bodies(live: Live) -> None:
     description = live.http.get("/openapi.json").json()
-    body = description["paths"]["/v1/chat/completions"]["post"]["requestBody"]
-    name = body["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
-    assert "messages" in description["components"]["schemas"][name]["properties"]
+    for path, own in {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}.items():
+        body = description["paths"][path]["post"]["requestBody"]
+        name = body["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+        fields = description["components"]["schemas"][name]["properties"]
+        assert {own, "best_of", "use_beam_search", "length_penalty"} < fields.keys()
+        assert fields["early_stopping"]["enum"] == [True, False, "never", None]
     assert live.http.get("/docs").status_code == 200
 
 
