@@ -17,6 +17,7 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
 from engine.errors import EngineDeadError, InvalidRequestError, RequestTimeoutError
+from engine.kv_policies.policy import KVPolicy
 from engine.model_runner import ModelRunner
 from engine.observer import EngineObserver
 from engine.request_state import RequestState, RequestStream
@@ -24,6 +25,7 @@ from engine.sampler import Sample, SampleRow
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from scheduler.batch import ScheduledBatch
+from scheduler.kv_budget import KVBudget
 from scheduler.request import Request, StopRule
 from scheduler.scheduler import Scheduler
 
@@ -31,6 +33,9 @@ logger = logging.getLogger("octavo.engine")
 
 STALL_SECONDS = 120.0
 """A step that takes longer will never end: a whole prompt of a large model on a slow CPU takes a few seconds."""
+
+_LONGEST = 2**31 - 1
+"""Tokens of a sequence whose KV is limited, at most."""
 
 _FAILED = "the engine has failed; see the server's log"
 
@@ -130,11 +135,13 @@ class AsyncEngine:
         priority: int = 0,
         tenant: str = "",
         timeout: float | None = None,
+        kv_policy: KVPolicy | None = None,
     ) -> RequestStream:
         """Queue a prompt (token ids) without waiting for anything.
 
         ``priority`` and ``tenant`` count under the orders that know them (--scheduling); after ``timeout`` seconds
-        the request ends with a RequestTimeoutError, wherever it is.
+        the request ends with a RequestTimeoutError, wherever it is. ``kv_policy`` says which tokens keep their KV; the
+        engine's own (--kv-policy) by default.
 
         Raises InvalidRequestError if the request can never be served, EngineDeadError if the engine has failed.
         """
@@ -143,9 +150,11 @@ class AsyncEngine:
         if request_id in self._states:
             raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
         now = time.monotonic()
+        policy = kv_policy or self.config.kv_policy
         request = self._request(
             prompt,
             params,
+            policy,
             request_id,
             cache_salt=cache_salt,
             priority=priority,
@@ -154,7 +163,7 @@ class AsyncEngine:
         )
         stream = RequestStream(request_id, len(prompt), lambda: self._abort(state))
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
-        state = RequestState(request, params, seed, self.tokenizer, stream)
+        state = RequestState(request, params, policy, seed, self.tokenizer, stream)
         self._states[request_id] = state
         self._scheduler.add(request, now)
         self._wake.set()
@@ -186,23 +195,18 @@ class AsyncEngine:
 
     # A request's way in and out
 
-    def _request(self, prompt: Sequence[int], params: SamplingParams, request_id: str, **options: Any) -> Request:
+    def _request(
+        self, prompt: Sequence[int], params: SamplingParams, policy: KVPolicy, request_id: str, **options: Any
+    ) -> Request:
         self._check_prompt(prompt)
+        budget = self._budget(policy)
         if params.n < 1:
             raise InvalidRequestError("n must be at least 1", param="n")
         if params.width < params.n:
             raise InvalidRequestError(f"best_of must be at least n ({params.n})", param="best_of")
         if params.logprobs is not None and not 0 <= params.logprobs <= self.info.vocab_size:
             raise InvalidRequestError(f"logprobs must be from 0 to {self.info.vocab_size}", param="logprobs")
-        room = self.info.max_model_len - len(prompt)
-        max_tokens = room if params.max_tokens is None else params.max_tokens
-        if room < 1 or max_tokens > room:
-            asked = "" if params.max_tokens is None else f" and {params.max_tokens} output tokens were asked for"
-            raise InvalidRequestError(
-                f"the model's context length is {self.info.max_model_len} tokens; the prompt has {len(prompt)}{asked}",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        max_tokens = self._max_tokens(len(prompt), params.max_tokens, endless=budget is not None)
         if max_tokens < 1:
             raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
         if params.min_tokens > max_tokens:
@@ -210,7 +214,7 @@ class AsyncEngine:
         self._check_ids(params.logit_bias, "logit_bias")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
         for places, param in ((1, "max_tokens"), (params.width, "n" if params.best_of is None else "best_of")):
-            refusal = self._scheduler.refusal(len(prompt) + max_tokens, places)
+            refusal = self._scheduler.refusal(len(prompt) + max_tokens, places, budget)
             if refusal is not None:
                 raise InvalidRequestError(refusal, param=param)
         eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
@@ -218,7 +222,41 @@ class AsyncEngine:
         stops = {token for token in eos if token < self.info.vocab_size}.union(params.stop_token_ids)
         rule = StopRule(max_tokens=max_tokens, min_tokens=params.min_tokens, stop_token_ids=frozenset(stops))
         beam_width = None if params.beams is None else params.width
-        return Request(request_id, prompt, rule, n=params.width, beam_width=beam_width, **options)
+        return Request(request_id, prompt, rule, n=params.width, beam_width=beam_width, kv_budget=budget, **options)
+
+    def _budget(self, policy: KVPolicy) -> KVBudget | None:
+        try:
+            budget = policy.budget()
+        except ValueError as error:
+            raise InvalidRequestError(str(error), param="kv_policy") from None
+        if budget is None:
+            return None
+        if budget.num_exact > self.info.max_model_len:
+            raise InvalidRequestError(
+                f"the KV policy keeps {budget.num_exact} tokens, more than the model's context length, "
+                f"{self.info.max_model_len}",
+                param="kv_policy",
+            )
+        if budget.sinks and self.info.position_dependent_rotation:
+            raise InvalidRequestError(
+                "this model's rotation changes with the position (dynamic NTK scaling): sinks cannot keep theirs",
+                param="kv_policy",
+            )
+        return budget
+
+    def _max_tokens(self, num_prompt: int, wanted: int | None, *, endless: bool) -> int:
+        """Output tokens at most. What holds no more KV than its budget may go on past the context length."""
+        room = self.info.max_model_len - num_prompt
+        if endless:
+            return max(room, 1) if wanted is None else min(wanted, _LONGEST - num_prompt)
+        if room < 1 or (wanted is not None and wanted > room):
+            asked = "" if wanted is None else f" and {wanted} output tokens were asked for"
+            raise InvalidRequestError(
+                f"the model's context length is {self.info.max_model_len} tokens; the prompt has {num_prompt}{asked}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        return room if wanted is None else wanted
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:
@@ -293,6 +331,8 @@ class AsyncEngine:
             self.observer.on_preemption(batch.num_preempted)
         if batch.transfers.out or batch.transfers.back:
             self.observer.on_swap(out=len(batch.transfers.out), back=len(batch.transfers.back))
+        for sequence, count in batch.evicted:
+            self._states[sequence.request.request_id].evict(count, self.observer)
         now = time.perf_counter()
         rows: list[SampleRow] = []
         for item in batch.items:

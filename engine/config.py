@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from engine.errors import ConfigError
+from engine.kv_policies.full import Full
+from engine.kv_policies.policy import KVPolicy
+from engine.kv_policies.registry import policy_setting
 from engine.setting_values import Parser, boolean, choice, integer, memory, number, path, text, texts
 
 if TYPE_CHECKING:
@@ -276,6 +279,13 @@ class EngineConfig:
     )
     queue_timeout: float | None = setting(
         None, number(0.001, 86400), "seconds that a request waits to begin, at most; no limit by default", metavar="S"
+    )
+    kv_policy: KVPolicy = setting(  # noqa: RUF009 — immutable
+        Full(),
+        policy_setting,
+        "which tokens keep their KV where a request does not say: a policy's name, or its fields as JSON, such as "
+        '{"type": "streaming", "sinks": 4, "window": 1020}; see docs/kv-policies.md',
+        metavar="POLICY",
     )
     trace: Path | None = setting(  # noqa: RUF009 — immutable
         None,

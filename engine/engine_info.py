@@ -19,6 +19,8 @@ class EngineInfo:
     block_size: int
     kv_bytes: int
     load_seconds: float
+    position_dependent_rotation: bool = False
+    """Whether a key's rotation depends on more than how far away it is (dynamic NTK scaling)."""
 
     @property
     def kv_tokens(self) -> int:

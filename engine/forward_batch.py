@@ -10,6 +10,44 @@ from torch import Tensor
 
 from scheduler.batch import ScheduledSequence
 
+_Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLimits:
+    """What sequences with a `Window` as their budget see; the others have zeros."""
+
+    windows: Tensor
+    """[B] int32."""
+    sinks: Tensor
+    """[B] int32."""
+    sink_positions: Tensor | None
+    """[T] int64: the position that a token's query has for the sinks, no farther than the end of the window; None
+    where nobody has any."""
+
+    @classmethod
+    def build(cls, items: Sequence[ScheduledSequence], positions: "_Numbers", owner: "_Numbers") -> "SlotLimits | None":
+        """The limits of a step, if any sequence has some."""
+        if all(item.kv_budget is None for item in items):
+            return None
+        budgets = [
+            (0, 0) if item.kv_budget is None else (item.kv_budget.window, item.kv_budget.sinks) for item in items
+        ]
+        windows, sinks = np.array(budgets, dtype=np.int64).T
+        ends = np.where(sinks > 0, windows + sinks - 1, np.iinfo(np.int64).max)
+        return cls(
+            windows=torch.from_numpy(windows.astype(np.int32)),
+            sinks=torch.from_numpy(sinks.astype(np.int32)),
+            sink_positions=torch.from_numpy(np.minimum(positions, ends[owner])) if sinks.any() else None,
+        )
+
+    def to(self, device: torch.device) -> "SlotLimits":
+        """The same on a device."""
+        positions = self.sink_positions
+        return SlotLimits(
+            self.windows.to(device), self.sinks.to(device), None if positions is None else positions.to(device)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
@@ -24,11 +62,12 @@ class ForwardBatch:
     query_start: Tensor
     """[B + 1] int32: sequence b's tokens are query_start[b] … query_start[b + 1] − 1."""
     seq_lens: Tensor
-    """[B] int32: tokens in the KV cache, this step's included."""
+    """[B] int32: slots in the KV cache, this step's included."""
     block_tables: Tensor
     """[B, M] int32; entries beyond a sequence's blocks are 0 and mean nothing."""
     logits_rows: Tensor
     """[R] int64: indices into T."""
+    limits: SlotLimits | None = None
 
     def sampled(self, x: Tensor) -> Tensor:
         """x [T, …] → its R rows whose logits are wanted."""
@@ -47,10 +86,13 @@ class ForwardBatch:
         ends = np.cumsum(counts)
         owner = np.repeat(np.arange(len(items)), counts)
         positions = np.arange(len(tokens)) + (starts - ends + counts)[owner]
-        slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        dropped = np.array([item.num_dropped for item in items], dtype=np.int64)
+        places = positions - dropped[owner]
+        slots = tables[owner, places // block_size].astype(np.int64) * block_size + places % block_size
+        limits = SlotLimits.build(items, positions, owner)
         sampled = np.array([item.num_samples > 0 for item in items])
 
-        def on_device(values: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", dtype: type) -> Tensor:
+        def on_device(values: _Numbers, dtype: type) -> Tensor:
             return torch.from_numpy(values.astype(dtype, copy=False)).to(device, non_blocking=True)
 
         return cls(
@@ -58,7 +100,8 @@ class ForwardBatch:
             positions=on_device(positions, np.int64),
             slots=on_device(slots, np.int64),
             query_start=on_device(np.concatenate(([0], ends)), np.int32),
-            seq_lens=on_device(starts + counts, np.int32),
+            seq_lens=on_device(starts + counts - dropped, np.int32),
             block_tables=torch.from_numpy(tables).to(device, non_blocking=True),
             logits_rows=on_device(ends[sampled] - 1, np.int64),
+            limits=None if limits is None else limits.to(device),
         )

@@ -42,6 +42,9 @@ class EngineObserver:
     def on_swap(self, *, out: int, back: int) -> None:
         """So many blocks moved from the device to the host tier, or from there."""
 
+    def on_eviction(self, *, policy: str, tokens: int) -> None:
+        """A sequence's KV policy, by name, took the KV of so many of its tokens."""
+
     def on_prefix_cache(self, *, queried_tokens: int, hit_tokens: int) -> None:
         """Requests were admitted: so many of their tokens were looked up, so many found."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from engine.beam_progress import BeamProgress
 from engine.beam_search import Hypothesis
 from engine.errors import OctavoError
+from engine.kv_policies.policy import KVPolicy
 from engine.observer import EngineObserver, RequestRecord
 from engine.outputs import Output, TokenLogprob
 from engine.sampler import Sample, SampleRow
@@ -26,6 +27,8 @@ class RequestStream:
         """Prompt tokens found in the prefix cache; known from the first output on."""
         self.generated_tokens = 0
         """So far, those of continuations that lost to others included."""
+        self.evicted_tokens = 0
+        """Tokens whose KV the request's policy took so far, again if they had to be recomputed."""
         self._abort = abort
         self._queue: asyncio.Queue[Output | OctavoError | None] = asyncio.Queue()
         self._ended = False
@@ -75,9 +78,16 @@ class RequestState:
     """What the engine keeps of a request from `submit` until its last continuation has ended."""
 
     def __init__(
-        self, request: Request, params: SamplingParams, seed: int, tokenizer: Tokenizer, stream: RequestStream
+        self,
+        request: Request,
+        params: SamplingParams,
+        policy: KVPolicy,
+        seed: int,
+        tokenizer: Tokenizer,
+        stream: RequestStream,
     ) -> None:
         self.request = request
+        self.policy = policy
         self.stream = stream
         self.first_step: float | None = None
         self._params = params
@@ -93,6 +103,11 @@ class RequestState:
     def ended(self) -> bool:
         """Whether every continuation's end has been told to the client."""
         return not any(continuation.open for continuation in self._continuations)
+
+    def evict(self, tokens: int, observer: EngineObserver) -> None:
+        """Note that a sequence of the request lost the KV of so many tokens to the policy."""
+        self.stream.evicted_tokens += tokens
+        observer.on_eviction(policy=self.policy.name, tokens=tokens)
 
     def rows(self, sequence: Sequence, num_samples: int) -> list[SampleRow]:
         """What the sampler needs to know to draw the next ``num_samples`` tokens after ``sequence``."""

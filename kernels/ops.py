@@ -95,9 +95,7 @@ def paged_attention(
     used, whatever they hold. Raises IndexError if a needed block does not exist.
     """
     if (ops := _native_for(q)) is not None:
-        return ops.paged_attention(
-            q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks
-        )
+        return ops.paged_attention(q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks)
     return reference_paged_attention(
         q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from typing import NamedTuple
 
+from scheduler.kv_budget import KVBudget
 from scheduler.request import Sequence
 
 Move = tuple[int, int]
@@ -29,6 +30,7 @@ class ScheduledSequence(NamedTuple):
     """Tokens to sample after the last position: 0 inside a prompt, ``n`` where a prompt ends and forks, else 1."""
     num_dropped: int = 0
     """By how much a token's slot is less than its position."""
+    kv_budget: KVBudget | None = None
 
 
 class Transfers(NamedTuple):
@@ -52,6 +54,8 @@ class ScheduledBatch(NamedTuple):
     transfers: Transfers
     num_tokens: int
     num_preempted: int
+    evicted: tuple[tuple[Sequence, int], ...] = ()
+    """Sequences whose budget took KV from them, and of how many tokens."""
 
     def __bool__(self) -> bool:
         return bool(self.items) or any(self.transfers)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from scheduler.batch import Move, Transfers
 from scheduler.block_pool import BlockPool
+from scheduler.kv_budget import KVBudget
 from scheduler.request import Sequence
 
 _NOTHING = Transfers()
@@ -34,6 +35,12 @@ class KVMemory:
         self._back: list[Move] = []
         self._copies: list[Move] = []
         self._held: list[int] = []
+        self._evicted: list[tuple[Sequence, int]] = []
+
+    def take_evicted(self) -> tuple[tuple[Sequence, int], ...]:
+        """Whose KV fell away in this step, and of how many tokens; the next step begins with nothing."""
+        evicted, self._evicted = self._evicted, []
+        return tuple(evicted)
 
     def take_transfers(self) -> Transfers:
         """What this step has to move; the next step begins with nothing."""
@@ -69,16 +76,14 @@ class KVMemory:
         """Blocks that it will still ask for before all tokens it has now are computed."""
         return max(self._blocks_of_all(sequence) - len(sequence.block_table), 0)
 
-    def drop(self, sequence: Sequence) -> None:
+    def drop(self, sequence: Sequence, budget: KVBudget) -> None:
         """Take back the blocks that its budget lets fall away before its next token."""
-        budget = sequence.request.kv_budget
-        if budget is None:
-            return
         first, count = budget.droppable(sequence.num_computed_tokens, sequence.num_dropped, self.block_size)
         if count:
             self.device.release(sequence.block_table[first : first + count])
             del sequence.block_table[first : first + count]
             sequence.num_dropped += count * self.block_size
+            self._evicted.append((sequence, count * self.block_size))
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Give it the blocks of its next ``num_tokens`` tokens; as many as `blocks_needed` are free."""
@@ -161,7 +166,6 @@ class KVMemory:
         if self.host is not None:
             self.host.release(sequence.host_table)
             del sequence.host_table[:]
-        sequence.num_computed_tokens = sequence.num_dropped = 0
 
     # the parts
 

@@ -237,7 +237,8 @@ class Scheduler:
         self.counters.blocks_swapped_out += len(transfers.out)
         self.counters.blocks_swapped_in += len(transfers.back)
         num_tokens = sum([len(item.tokens) for item in items])
-        return ScheduledBatch(tuple(items), transfers, num_tokens, self.counters.preemptions - preempted)
+        num_preempted = self.counters.preemptions - preempted
+        return ScheduledBatch(tuple(items), transfers, num_tokens, num_preempted, self._memory.take_evicted())
 
     def update(self, batch: ScheduledBatch, sampled: Iterable[Seq[int]]) -> list[Appended]:
         """Record a finished step: ``sampled[i]`` holds the ``num_samples`` tokens of ``batch.items[i]``.
@@ -300,7 +301,8 @@ class Scheduler:
                 continue
             # Each sequence behind this one keeps a token of the budget: a long prompt does not stall their streams.
             num_tokens = min(missing, max(budget - num_after, 1))
-            self._memory.drop(sequence)
+            if sequence.request.kv_budget is not None:
+                self._memory.drop(sequence, sequence.request.kv_budget)
             if not self._make_room(sequence, num_tokens):
                 break
             items.append(self._take(sequence, num_tokens))
@@ -368,13 +370,15 @@ class Scheduler:
         end = start + num_tokens
         num_samples = 0 if end < len(sequence.tokens) else 1 if sequence.request.beam_width else _places(sequence)
         tokens, table = sequence.tokens[start:end], sequence.block_table[:]
-        return ScheduledSequence(sequence, start, tokens, table, num_samples, sequence.num_dropped)
+        budget = sequence.request.kv_budget
+        return ScheduledSequence(sequence, start, tokens, table, num_samples, sequence.num_dropped, budget)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take the blocks back; the sequence waits, before all that have not run yet, to go on or to be recomputed."""
         self._running.pop()
         if self.config.preemption == "recompute" or not self._memory.swap_out(sequence):
             self._memory.free(sequence)
+            sequence.num_computed_tokens = sequence.num_dropped = 0
         sequence.status = Status.WAITING
         if not sequence.parked:
             insort(self._returning, sequence, key=_rank)

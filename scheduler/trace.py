@@ -17,11 +17,12 @@ from typing import Any, TextIO
 
 from scheduler.batch import Appended, ScheduledBatch
 from scheduler.batching import Batching
+from scheduler.kv_budget import Window
 from scheduler.request import FinishReason, Request, Sequence, StopRule
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.waiting_queue import Order
 
-VERSION = 1
+VERSION = 2
 
 
 class TraceError(ValueError):
@@ -201,6 +202,7 @@ def _described(request: Request) -> dict[str, Any]:
         "priority": request.priority,
         "tenant": request.tenant,
         "deadline": request.deadline,
+        "kv_budget": None if request.kv_budget is None else asdict(request.kv_budget),
     }
 
 
@@ -215,6 +217,7 @@ def _request(described: dict[str, Any]) -> Request:
             stop_token_ids=frozenset(stop["stop_token_ids"]),
         ),
         cache_salt=described["root"],  # equal for those requests that had equal salts
+        kv_budget=None if described["kv_budget"] is None else Window(**described["kv_budget"]),
         **{name: described[name] for name in ("n", "beam_width", "priority", "tenant", "deadline")},
     )
 

@@ -14,6 +14,21 @@ from kernels import ops
 
 
 @dataclass(frozen=True, slots=True)
+class Rotations:
+    """Cosines and sines of a step's positions, each [T, rotated dimensions / 2] float32."""
+
+    plain: tuple[Tensor, Tensor]
+    at_sinks: tuple[Tensor, Tensor] | None
+    """Of the positions that queries have for attention sinks, where any sequence has some."""
+
+    @classmethod
+    def of(cls, batch: ForwardBatch, rotary: RotaryEmbedding) -> "Rotations":
+        """Compute them, once for all layers."""
+        at_sinks = None if batch.limits is None else batch.limits.sink_positions
+        return cls(rotary(batch.positions), None if at_sinks is None else rotary(at_sinks))
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Grouped-query attention with rotary positions over the paged KV cache."""
 
@@ -27,14 +42,18 @@ class Attention:
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
 
-    def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor], batch: ForwardBatch, cache: LayerCache) -> Tensor:
+    def __call__(self, x: Tensor, rotations: "Rotations", batch: ForwardBatch, cache: LayerCache) -> Tensor:
         """x [T, hidden] → [T, hidden]; writes the step's keys and values into ``cache``."""
         qkv = self.qkv(x).view(len(x), -1, self.head_dim)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             query = ops.rms_norm(query, self.query_norm, self.norm_eps)
             key = ops.rms_norm(key, self.key_norm, self.norm_eps)
-        ops.rotary_embedding(query, key, *rotation)
+        sink_query = query
+        if rotations.at_sinks is not None:
+            sink_query = query.clone()
+            ops.rotary_embedding(sink_query, key[:, :0], *rotations.at_sinks)
+        ops.rotary_embedding(query, key, *rotations.plain)
         ops.kv_write(key, value, cache.key, cache.value, batch.slots)
         attended = ops.paged_attention(
             query,
@@ -45,6 +64,7 @@ class Attention:
             batch.seq_lens,
             self.head_dim**-0.5,
             self.window,
+            None if batch.limits is None else ops.Sinks(batch.limits.windows, batch.limits.sinks, sink_query),
         )
         return self.output(attended.view(len(x), -1))
 
@@ -86,13 +106,13 @@ class Decoder:
     def __call__(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Compute the step's tokens; returns the logits [R, vocab] of ``batch.logits_rows`` in the model's dtype."""
         eps = self.config.norm_eps
-        rotation = self.rotary(batch.positions)
+        rotations = Rotations.of(batch, self.rotary)
         residual = torch.nn.functional.embedding(batch.tokens, self.embedding)
         x = ops.rms_norm(residual, self.blocks[0].input_norm, eps)
         for index, (block, layer_cache) in enumerate(zip(self.blocks, cache.layers, strict=True)):
             if index > 0:
                 x = ops.rms_norm(x, block.input_norm, eps, residual)
-            attended = block.attention(x, rotation, batch, layer_cache)
+            attended = block.attention(x, rotations, batch, layer_cache)
             if block is self.blocks[-1]:  # nothing reads the other rows any more
                 attended, residual = batch.sampled(attended), batch.sampled(residual)
             x = block.mlp(ops.rms_norm(attended, block.post_norm, eps, residual))

@@ -56,6 +56,7 @@ class Answer:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
     cached_tokens: int = 0
+    evicted_tokens: int = 0
 
     def add(self, output: Output) -> None:
         """Append one output."""
@@ -64,12 +65,14 @@ class Answer:
         self.tokens.setdefault(output.index, []).extend(output.token_ids)
 
 
-async def ask(engine: AsyncEngine, prompt: Sequence[int], params: SamplingParams, request_id: str = "r") -> Answer:
+async def ask(
+    engine: AsyncEngine, prompt: Sequence[int], params: SamplingParams, request_id: str = "r", **options: Any
+) -> Answer:
     """Submit one prompt and read its whole answer."""
-    stream, answer = engine.submit(prompt, params, request_id=request_id), Answer()
+    stream, answer = engine.submit(prompt, params, request_id=request_id, **options), Answer()
     async for output in stream:
         answer.add(output)
-    answer.cached_tokens = stream.cached_tokens
+    answer.cached_tokens, answer.evicted_tokens = stream.cached_tokens, stream.evicted_tokens
     return answer
 
 

@@ -1,0 +1,201 @@
+"""Each KV policy's logits are the oracle's, however its requests are batched, chunked, shared and preempted."""
+
+import asyncio
+import functools
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.kv_policies.full import Full
+from engine.kv_policies.policy import KVPolicy
+from engine.kv_policies.registry import describe, make_policy, policy_setting
+from engine.kv_policies.streaming import Streaming
+from engine.kv_policies.window import SlidingWindow
+from engine.launch import LoadedModel, assemble, load_model
+from engine.sampling_params import SamplingParams
+from tests.engine.checkpoints import SHAPE, random_model, save
+from tests.engine.driving import Answer, PreemptionCount, ask, generate
+from tests.engine.kv_oracle import Oracle, window
+
+VOCAB = SHAPE["vocab_size"]
+PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=VOCAB)
+
+POLICIES: dict[str, tuple[KVPolicy, Callable[[Any], Oracle]]] = {
+    "full": (Full(), Oracle),
+    "window": (SlidingWindow(window=11), lambda model: Oracle(model, before=window(11))),
+    "streaming": (
+        Streaming(sinks=3, window=10),
+        lambda model: Oracle(model, before=window(10, sinks=3), in_cache_positions=True),
+    ),
+    "streaming with many sinks": (
+        Streaming(sinks=9, window=2),
+        lambda model: Oracle(model, before=window(2, sinks=9), in_cache_positions=True),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return random_model("llama", num_hidden_layers=2, max_position_embeddings=72)
+
+
+@pytest.fixture(scope="module")
+def loaded(model: Any, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = save(model, tmp_path_factory.mktemp("llama"))
+    return load_model(EngineConfig(model=str(folder), dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def expected(model: Any) -> Callable[[str, tuple[int, ...]], Tensor]:
+    """The oracle's log-probabilities [tokens, vocab] after each of some tokens, under the policy of a name."""
+
+    @functools.cache
+    def compute(name: str, tokens: tuple[int, ...]) -> Tensor:
+        return POLICIES[name][1](model).run(tokens).log_softmax(-1)
+
+    return compute
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Some begin alike; of all lengths around blocks and windows."""
+    source = random.Random(5)
+    common = source.choices(range(3, VOCAB), k=30)
+    return [common[:12], [*common[:20], 7, 7], common, source.choices(range(3, VOCAB), k=45), [5]]
+
+
+def assert_close(answer: Answer, expected: Tensor, index: int = 0) -> None:
+    """Every log-probability after every token of a continuation, within 1e-4 of those expected [tokens, vocab]."""
+    outputs = [output for output in answer.outputs if output.index == index]
+    for output, likelihoods in zip(outputs, expected, strict=True):
+        (sampled,) = output.logprobs
+        actual = torch.full((VOCAB,), torch.nan, dtype=torch.float64)
+        for token, logprob in sampled.top:
+            actual[token] = logprob
+        torch.testing.assert_close(actual, likelihoods, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "limits",
+    [
+        pytest.param({}, id="whole prompts"),
+        pytest.param({"max_num_batched_tokens": 7, "block_size": 4}, id="chunks"),
+        pytest.param({"block_size": 4, "max_num_seqs": 2}, id="two at a time, prefixes shared"),
+    ],
+)
+def test_logits_are_the_oracles(
+    loaded: LoadedModel, expected: Callable[..., Tensor], prompts: list[list[int]], name: str, limits: dict[str, Any]
+) -> None:
+    for prompt, answer in zip(
+        prompts, generate(loaded, prompts, PARAMS, kv_policy=POLICIES[name][0], **limits), strict=True
+    ):
+        assert_close(answer, expected(name, (*prompt, *answer.tokens[0][:-1]))[len(prompt) - 1 :])
+
+
+BLOCK_BYTES = 2 * 2 * SHAPE["num_key_value_heads"] * SHAPE["head_dim"] * 4 * 4
+"""Of a block of 4 tokens in the model's two layers, in float32."""
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("swap", [None, 40 * BLOCK_BYTES], ids=["recomputed", "swapped"])
+def test_preemption_changes_nothing(
+    loaded: LoadedModel, expected: Callable[..., Tensor], name: str, swap: int | None
+) -> None:
+    """A pool in which a whole request just fits, and four of them that begin small."""
+    policy, prompts = POLICIES[name][0], [[5], [6, 7, 8], [5, 6, 7, 8, 9], [10, 11]]
+    observer = PreemptionCount()
+    answers = generate(
+        loaded,
+        prompts,
+        PARAMS,
+        observer,
+        kv_policy=policy,
+        block_size=4,
+        max_num_batched_tokens=8,
+        kv_cache_memory=8 * BLOCK_BYTES,
+        swap_memory=swap,
+    )
+    assert observer.preemptions > 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert_close(answer, expected(name, (*prompt, *answer.tokens[0][:-1]))[len(prompt) - 1 :])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_each_of_four_continuations_is_the_oracles(
+    loaded: LoadedModel, expected: Callable[..., Tensor], prompts: list[list[int]], name: str
+) -> None:
+    params = replace(PARAMS, n=4, temperature=1.0, seed=1, max_tokens=10)
+    (answer,) = generate(loaded, [prompts[1]], params, kv_policy=POLICIES[name][0], block_size=4)
+    assert len({tuple(tokens) for tokens in answer.tokens.values()}) > 1
+    for index, tokens in answer.tokens.items():
+        assert_close(answer, expected(name, (*prompts[1], *tokens[:-1]))[len(prompts[1]) - 1 :], index)
+
+
+def test_a_stream_runs_past_the_trained_length_at_constant_memory(
+    model: Any, loaded: LoadedModel, expected: Callable[..., Tensor]
+) -> None:
+    """4 times the trained length, in a cache that would hold a third of it."""
+    policy, length = POLICIES["streaming"][0], 4 * model.config.max_position_embeddings
+    limits = {"kv_policy": policy, "block_size": 4, "kv_cache_memory": 6 * BLOCK_BYTES, "max_num_batched_tokens": 4}
+    (answer,) = generate(loaded, [[5]], replace(PARAMS, max_tokens=length), **limits)
+    tokens = answer.tokens[0]
+    assert len(tokens) == length
+    assert_close(answer, expected("streaming", (5, *tokens[:-1])))
+
+
+def test_requests_with_different_policies_share_a_batch(
+    loaded: LoadedModel, expected: Callable[..., Tensor], prompts: list[list[int]]
+) -> None:
+    named = [(name, policy, prompt) for name, (policy, _) in POLICIES.items() for prompt in prompts[1:4:2]]
+
+    async def serve() -> list[Answer]:
+        engine = assemble(EngineConfig(block_size=4, max_num_batched_tokens=29), loaded)
+        await engine.start()
+        asked = (ask(engine, prompt, PARAMS, f"{i}", kv_policy=policy) for i, (_, policy, prompt) in enumerate(named))
+        answers = await asyncio.gather(*asked)
+        assert engine.stats().used_blocks == 0
+        await engine.stop()
+        return answers
+
+    for (name, _, prompt), answer in zip(named, asyncio.run(serve()), strict=True):
+        assert_close(answer, expected(name, (*prompt, *answer.tokens[0][:-1]))[len(prompt) - 1 :])
+
+
+def test_what_was_evicted_is_counted(loaded: LoadedModel) -> None:
+    """17 prompt and 23 computed output tokens: the last query, at position 39, sees from 29 on, in blocks of 4."""
+    (answer,) = generate(loaded, [[*range(3, 20)]], PARAMS, kv_policy=SlidingWindow(window=11), block_size=4)
+    assert answer.evicted_tokens == 28
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("h3o", "there is no policy 'h3o'"),
+        ({"type": "streaming", "sinks": "4"}, "sinks must be a whole number"),
+        ({"type": "streaming", "sinks": True}, "sinks must be a whole number"),
+        ({"type": "streaming", "sinks": 0}, "at least 1 sink"),
+        ({"type": "streaming", "heavy": 4}, "has only 'sinks', 'window', not 'heavy'"),
+        ({"type": "window", "window": 0}, "a window has at least 1 token"),
+        ({"type": "full", "window": 1}, "has no fields"),
+        ({"window": 1}, "must be a policy's name"),
+        (["streaming"], "must be a policy's name"),
+        (None, "must be a policy's name"),
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_refused_in_words(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_policy(given)
+
+
+@pytest.mark.parametrize("policy", [policy for policy, _ in POLICIES.values()])
+def test_a_described_policy_is_made_again(policy: KVPolicy) -> None:
+    assert make_policy(describe(policy)) == policy
+    assert policy_setting(json.dumps(describe(policy))) == policy
