@@ -17,6 +17,7 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
 from engine.errors import EngineDeadError, InvalidRequestError, RequestTimeoutError
+from engine.kv_policies.fit import budget_refusal
 from engine.kv_policies.policy import KVPolicy
 from engine.model_runner import ModelRunner
 from engine.observer import EngineObserver
@@ -25,7 +26,7 @@ from engine.sampler import Sample, SampleRow
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from scheduler.batch import ScheduledBatch
-from scheduler.kv_budget import KVBudget
+from scheduler.kv_budget import KVBudget, Window
 from scheduler.request import Request, StopRule
 from scheduler.scheduler import Scheduler
 
@@ -206,7 +207,7 @@ class AsyncEngine:
             raise InvalidRequestError(f"best_of must be at least n ({params.n})", param="best_of")
         if params.logprobs is not None and not 0 <= params.logprobs <= self.info.vocab_size:
             raise InvalidRequestError(f"logprobs must be from 0 to {self.info.vocab_size}", param="logprobs")
-        max_tokens = self._max_tokens(len(prompt), params.max_tokens, endless=budget is not None)
+        max_tokens = self._max_tokens(len(prompt), params.max_tokens, endless=isinstance(budget, Window))
         if max_tokens < 1:
             raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
         if params.min_tokens > max_tokens:
@@ -231,17 +232,9 @@ class AsyncEngine:
             raise InvalidRequestError(str(error), param="kv_policy") from None
         if budget is None:
             return None
-        if budget.num_exact > self.info.max_model_len:
-            raise InvalidRequestError(
-                f"the KV policy keeps {budget.num_exact} tokens, more than the model's context length, "
-                f"{self.info.max_model_len}",
-                param="kv_policy",
-            )
-        if budget.sinks and self.info.position_dependent_rotation:
-            raise InvalidRequestError(
-                "this model's rotation changes with the position (dynamic NTK scaling): sinks cannot keep theirs",
-                param="kv_policy",
-            )
+        refusal = budget_refusal(budget, self.info)
+        if refusal is not None:
+            raise InvalidRequestError(refusal, param="kv_policy")
         return budget
 
     def _max_tokens(self, num_prompt: int, wanted: int | None, *, endless: bool) -> int:
@@ -289,11 +282,12 @@ class AsyncEngine:
                     await self._wake.wait()
                 self._expire()
                 batch, rows = self._prepare()
+                selectors = [self._states[one.sequence.request.request_id].policy for one in batch.compactions]
                 if not batch:
                     await self._wait_for_event()
                     continue
                 self._step_began = time.monotonic()
-                samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows)
+                samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows, selectors)
                 self._step_began = None
                 self._finish_step(batch, samples)
                 # Let the clients' tasks send what they got before the next step takes all cores again: a model thread

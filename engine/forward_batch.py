@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scheduler.batch import ScheduledSequence
+from scheduler.kv_budget import Selection, Window
 
 _Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
@@ -28,12 +29,11 @@ class SlotLimits:
     @classmethod
     def build(cls, items: Sequence[ScheduledSequence], positions: "_Numbers", owner: "_Numbers") -> "SlotLimits | None":
         """The limits of a step, if any sequence has some."""
-        if all(item.kv_budget is None for item in items):
+        if not any(isinstance(item.kv_budget, Window) for item in items):
             return None
-        budgets = [
-            (0, 0) if item.kv_budget is None else (item.kv_budget.window, item.kv_budget.sinks) for item in items
-        ]
-        windows, sinks = np.array(budgets, dtype=np.int64).T
+        budgets = [item.kv_budget if isinstance(item.kv_budget, Window) else None for item in items]
+        windows = np.array([0 if budget is None else budget.window for budget in budgets], dtype=np.int64)
+        sinks = np.array([0 if budget is None else budget.sinks for budget in budgets], dtype=np.int64)
         ends = np.where(sinks > 0, windows + sinks - 1, np.iinfo(np.int64).max)
         return cls(
             windows=torch.from_numpy(windows.astype(np.int32)),
@@ -68,6 +68,8 @@ class ForwardBatch:
     logits_rows: Tensor
     """[R] int64: indices into T."""
     limits: SlotLimits | None = None
+    keeps_mass: Tensor | None = None
+    """[B] bool: the sequences whose slots' attention mass is summed up; None if there are none."""
 
     def sampled(self, x: Tensor) -> Tensor:
         """x [T, …] → its R rows whose logits are wanted."""
@@ -104,4 +106,10 @@ class ForwardBatch:
             block_tables=torch.from_numpy(tables).to(device, non_blocking=True),
             logits_rows=on_device(ends[sampled] - 1, np.int64),
             limits=None if limits is None else limits.to(device),
+            keeps_mass=_keep_mass(items, device),
         )
+
+
+def _keep_mass(items: Sequence[ScheduledSequence], device: torch.device) -> Tensor | None:
+    kept = [isinstance(item.kv_budget, Selection) and item.kv_budget.keeps_mass for item in items]
+    return torch.tensor(kept, device=device) if any(kept) else None

@@ -16,6 +16,8 @@ class LayerCache:
 
     key: Tensor
     value: Tensor
+    mass: Tensor
+    """[num_blocks, num_kv_heads, block_size] float32: the attention that slots got, for sequences that sum it up."""
 
 
 class KVCache:
@@ -41,7 +43,12 @@ class KVCache:
         layers, pinned = range(config.num_layers), device.type == "cuda" and num_host_blocks > 0
         self._device = [torch.empty((2, num_blocks, *block), dtype=dtype, device=device) for _ in layers]
         self._host = [torch.empty((2, num_host_blocks, *block), dtype=dtype, pin_memory=pinned) for _ in layers]
-        self.layers = tuple(LayerCache(layer[0], layer[1]) for layer in self._device)
+        sums = block[:2]
+        self._mass = [torch.empty((1, num_blocks, *sums), device=device) for _ in layers]
+        self._host_mass = [torch.empty((1, num_host_blocks, *sums), pin_memory=pinned) for _ in layers]
+        self.layers = tuple(
+            LayerCache(layer[0], layer[1], mass[0]) for layer, mass in zip(self._device, self._mass, strict=True)
+        )
 
     @staticmethod
     def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -49,10 +56,12 @@ class KVCache:
         return config.kv_values_per_token * block_size * dtype.itemsize
 
     def transfer(self, transfers: Transfers) -> None:
-        """Move blocks to the host, back from it, and on the device, in this order."""
-        _move(self._device, self._host, transfers.out)
-        _move(self._host, self._device, transfers.back)
-        _move(self._device, self._device, transfers.copies)
+        """Move blocks for forks, to the host, back from it, and for copies, in this order."""
+        for device, host in ((self._device, self._host), (self._mass, self._host_mass)):
+            _move(device, device, transfers.forks)
+            _move(device, host, transfers.out)
+            _move(host, device, transfers.back)
+            _move(device, device, transfers.copies)
 
 
 def _move(origin: Sequence[Tensor], target: Sequence[Tensor], moves: Sequence[Move]) -> None:

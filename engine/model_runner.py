@@ -7,6 +7,8 @@ import torch
 
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KVCache
+from engine.kv_compaction import compact
+from engine.kv_policies.policy import KVPolicy
 from engine.models.decoder import Decoder
 from engine.sampler import Sample, SampleRow, sample
 from scheduler.batch import ScheduledBatch
@@ -21,9 +23,15 @@ class ModelRunner:
         self._device = model.embedding.device
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch, rows: Sequence[SampleRow]) -> list[list[Sample]]:
-        """Compute one step. ``rows`` holds each item's ``num_samples`` rows in turn; so does, by item, the answer."""
+    def execute(
+        self, batch: ScheduledBatch, rows: Sequence[SampleRow], selectors: Sequence[KVPolicy] = ()
+    ) -> list[list[Sample]]:
+        """Compute one step. ``rows`` holds each item's ``num_samples`` rows in turn; so does, by item, the answer.
+
+        ``selectors`` are the policies of the sequences in ``batch.compactions``.
+        """
         self.cache.transfer(batch.transfers)
+        compact(self.cache, zip(batch.compactions, selectors, strict=True))
         if not batch.items:
             return []
         forward = ForwardBatch.build(batch.items, self.cache.block_size, self._device)

@@ -15,6 +15,7 @@ from kernels.cpu import dense
 from kernels.cpu.dense import LinearWeight
 from kernels.cpu.library import load, native
 from kernels.cpu.native import DTYPES, NativeOps
+from kernels.reference.attention_mass import attention_mass as reference_attention_mass
 from kernels.reference.kv_write import kv_write as reference_kv_write
 from kernels.reference.paged_attention import paged_attention as reference_paged_attention
 from kernels.reference.rms_norm import rms_norm as reference_rms_norm
@@ -24,6 +25,7 @@ from kernels.sinks import Sinks
 
 __all__ = [
     "Sinks",
+    "attention_mass",
     "kv_write",
     "linear",
     "load",
@@ -99,6 +101,25 @@ def paged_attention(
     return reference_paged_attention(
         q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks
     )
+
+
+def attention_mass(
+    q: Tensor,
+    key_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    mass: Tensor,
+    selected: Tensor,
+) -> None:
+    """Add to each slot the attention that this step's queries pay it, for the selected sequences (bool [B]).
+
+    The queries, tables and lengths are those of `paged_attention`, whose probabilities these are, without windows.
+    mass float32 [blocks, Hkv, S] is paged like the keys: KV head h's entry grows by the sum over the step's queries and
+    the query heads that read h. Entries of slots that this step wrote begin at 0; no other sequence's are touched.
+    """
+    return reference_attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, selected)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

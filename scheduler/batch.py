@@ -34,7 +34,7 @@ class ScheduledSequence(NamedTuple):
 
 
 class Transfers(NamedTuple):
-    """Blocks to move before a step computes: all of ``out``, then all of ``back``, then all ``copies``.
+    """Blocks to move before a step computes: all ``forks``, all of ``out``, then all of ``back``, then all ``copies``.
 
     Within each group all sources are read before any destination is written.
     """
@@ -45,6 +45,24 @@ class Transfers(NamedTuple):
     """(host block, device block)."""
     copies: tuple[Move, ...] = ()
     """(device block, device block), of each copy-on-write."""
+    forks: tuple[Move, ...] = ()
+    """(device block, device block), of each fork that may share nothing; decided when the step before had ended."""
+
+
+class Compaction(NamedTuple):
+    """A sequence whose policy selects before the step computes, after the transfers.
+
+    In every layer, for each KV head the selected slots of ``source`` move to the first slots of ``target``, in order;
+    all are read before any is written.
+    """
+
+    sequence: Sequence
+    source: array[int]
+    """The blocks of its ``num_slots`` slots."""
+    num_slots: int
+    target: array[int]
+    """Blocks of its own, of which some may be the source's."""
+    num_kept: int
 
 
 class ScheduledBatch(NamedTuple):
@@ -56,6 +74,7 @@ class ScheduledBatch(NamedTuple):
     num_preempted: int
     evicted: tuple[tuple[Sequence, int], ...] = ()
     """Sequences whose budget took KV from them, and of how many tokens."""
+    compactions: tuple[Compaction, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.items) or any(self.transfers)

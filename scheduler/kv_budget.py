@@ -48,5 +48,48 @@ class Window:
         return first, max(seen - first - num_dropped // block_size, 0)
 
 
-KVBudget = Window
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """``slots`` tokens that a policy selects, for each layer and KV head its own; anew when ``slack`` more are there.
+
+    Attention does not mind the order of past keys, so every head's choice is gathered into the same slots, and one
+    block table serves them all. When that happens depends on a token's position alone: a step never computes beyond.
+    """
+
+    slots: int
+    slack: int = 1
+    """1 is eviction at every step."""
+    prompt_slack: int = 1
+    """The same within the prompt, whose tokens come many at a time."""
+    keeps_mass: bool = False
+    """Whether the policy sums up the attention that each slot gets. Only this sequence's own queries can say that, so
+    it finds no prefix in a cache, and shares its blocks with nobody."""
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or self.slack < 1 or self.prompt_slack < 1:
+            raise ValueError("a selection has at least 1 slot, and at least 1 token of slack")
+
+    @property
+    def num_exact(self) -> int:
+        """Tokens from the beginning on that see all before them, and whose KV others may share."""
+        return 0 if self.keeps_mass else self.slots + min(self.slack, self.prompt_slack)
+
+    def max_blocks(self, step_tokens: int, block_size: int) -> int:
+        """Blocks that it takes at most, those included that the first selection out of shared blocks goes to."""
+        slots = self.slots + max(self.slack, self.prompt_slack)
+        fresh = 0 if self.keeps_mass else -(-self.slots // block_size)
+        return -(-slots // block_size) + fresh
+
+    def is_due(self, num_slots: int, *, in_prompt: bool) -> bool:
+        """Whether the policy has to select before the next token."""
+        return num_slots >= self.slots + (self.prompt_slack if in_prompt else self.slack)
+
+    def room(self, num_slots: int, *, in_prompt: bool) -> int:
+        """How many tokens may be computed until it has to."""
+        if self.is_due(num_slots, in_prompt=in_prompt):
+            num_slots = self.slots
+        return self.slots + (self.prompt_slack if in_prompt else self.slack) - num_slots
+
+
+KVBudget = Window | Selection
 """What a request may be given instead of all the slots that it asks for."""

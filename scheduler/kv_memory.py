@@ -9,11 +9,12 @@ What has to be moved is gathered while a step is decided and is done before the 
 the order. Host blocks that a step reads or writes stay held until it is decided, so none is used twice in a step.
 """
 
+from array import array
 from collections.abc import Iterable
 
-from scheduler.batch import Move, Transfers
+from scheduler.batch import Compaction, Move, Transfers
 from scheduler.block_pool import BlockPool
-from scheduler.kv_budget import KVBudget
+from scheduler.kv_budget import Selection, Window
 from scheduler.request import Sequence
 
 _NOTHING = Transfers()
@@ -34,8 +35,21 @@ class KVMemory:
         self._out: list[Move] = []
         self._back: list[Move] = []
         self._copies: list[Move] = []
+        self._forks: list[Move] = []
         self._held: list[int] = []
+        self._retired: list[int] = []
         self._evicted: list[tuple[Sequence, int]] = []
+        self._compactions: list[Compaction] = []
+
+    def end_step(self) -> None:
+        """Let go of the device blocks that the step still had to read."""
+        self.device.release(self._retired)
+        self._retired = []
+
+    def take_compactions(self) -> tuple[Compaction, ...]:
+        """Whose policy has to select in this step; the next step begins with nothing."""
+        compactions, self._compactions = self._compactions, []
+        return tuple(compactions)
 
     def take_evicted(self) -> tuple[tuple[Sequence, int], ...]:
         """Whose KV fell away in this step, and of how many tokens; the next step begins with nothing."""
@@ -47,16 +61,16 @@ class KVMemory:
         if self.host is not None:
             self.host.release(self._held)
             self._held = []
-        if not (self._out or self._back or self._copies):
+        if not (self._out or self._back or self._copies or self._forks):
             return _NOTHING
-        transfers = Transfers(tuple(self._out), tuple(self._back), tuple(self._copies))
-        self._out, self._back, self._copies = [], [], []
+        transfers = Transfers(tuple(self._out), tuple(self._back), tuple(self._copies), tuple(self._forks))
+        self._out, self._back, self._copies, self._forks = [], [], [], []
         return transfers
 
     def check(self, live: Iterable[Sequence]) -> None:
         """Raise AssertionError unless the live sequences' tables own every reference, and cover what is computed."""
         live = list(live)
-        self.device.check(sequence.block_table for sequence in live)
+        self.device.check([self._retired, *(sequence.block_table for sequence in live)])
         if self.host is not None:
             self.host.check([self._held, *(sequence.host_table for sequence in live)])
         for sequence in live:
@@ -69,6 +83,9 @@ class KVMemory:
 
     def blocks_needed(self, sequence: Sequence, num_tokens: int) -> int:
         """Free blocks that its next ``num_tokens`` tokens take, one for a copy-on-write included."""
+        budget = sequence.request.kv_budget
+        if isinstance(budget, Selection) and budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt):
+            return len(self._to_replace(sequence, budget.slots + num_tokens))
         end = sequence.num_slots + num_tokens
         return self._num_blocks(end) - len(sequence.block_table) + self._writes_shared(sequence)
 
@@ -76,8 +93,11 @@ class KVMemory:
         """Blocks that it will still ask for before all tokens it has now are computed."""
         return max(self._blocks_of_all(sequence) - len(sequence.block_table), 0)
 
-    def drop(self, sequence: Sequence, budget: KVBudget) -> None:
-        """Take back the blocks that its budget lets fall away before its next token."""
+    def drop(self, sequence: Sequence) -> None:
+        """Take back the blocks that a window has left before its next token."""
+        budget = sequence.request.kv_budget
+        if not isinstance(budget, Window):
+            return
         first, count = budget.droppable(sequence.num_computed_tokens, sequence.num_dropped, self.block_size)
         if count:
             self.device.release(sequence.block_table[first : first + count])
@@ -87,6 +107,10 @@ class KVMemory:
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Give it the blocks of its next ``num_tokens`` tokens; as many as `blocks_needed` are free."""
+        budget = sequence.request.kv_budget
+        if isinstance(budget, Selection) and budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt):
+            self._compact(sequence, budget.slots, num_tokens)
+            return
         table, start = sequence.block_table, sequence.num_slots
         end, first = start + num_tokens, start // self.block_size
         if self._writes_shared(sequence):  # copy-on-write
@@ -100,12 +124,50 @@ class KVMemory:
         if end // self.block_size != first:
             self._publish(sequence, first, end)
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let the child share all that the parent has."""
-        self.device.share(parent.block_table)
-        child.block_table = parent.block_table[:]
+    def _to_replace(self, sequence: Sequence, num_slots: int) -> list[int]:
+        """Entries of the table, as long as so many slots need it, that are missing, shared, or known to the index."""
+        table, device = sequence.block_table, self.device
+        return [
+            index
+            for index in range(self._num_blocks(num_slots))
+            if index >= len(table)
+            or device.ref_count(table[index]) > 1
+            or device.index.key_of(table[index]) is not None
+        ]
+
+    def _compact(self, sequence: Sequence, num_kept: int, num_tokens: int) -> None:
+        """Have ``num_kept`` slots selected into blocks of its own, with room for ``num_tokens`` more behind them."""
+        source, num_slots = sequence.block_table, sequence.num_slots
+        replaced = self._to_replace(sequence, num_kept + num_tokens)
+        fresh = dict(zip(replaced, self._allocate(len(replaced)), strict=True))
+        blocks = [
+            fresh.get(i, source[i] if i < len(source) else -1) for i in range(self._num_blocks(num_kept + num_tokens))
+        ]
+        self._retired += [block for block in source if block not in set(blocks)]
+        sequence.block_table = array("i", blocks)
+        sequence.num_dropped += num_slots - num_kept
+        self._evicted.append((sequence, num_slots - num_kept))
+        target = sequence.block_table[: self._num_blocks(num_kept)]
+        self._compactions.append(
+            Compaction(sequence, source[: self._num_blocks(num_slots)], num_slots, target, num_kept)
+        )
+
+    def fork(self, parent: Sequence, child: Sequence) -> bool:
+        """Let the child share all that the parent has, or have a copy where it may not; False if that finds no room."""
+        budget = parent.request.kv_budget
+        if isinstance(budget, Selection) and budget.keeps_mass:
+            if len(parent.block_table) > self.device.num_free:
+                return False
+            child.block_table = array("i", self._allocate(len(parent.block_table)))
+            self._forks += zip(parent.block_table, child.block_table, strict=True)
+            self.device.share(parent.block_table)
+            self._retired += parent.block_table  # read when the next step begins, whatever has become of the parent
+        else:
+            self.device.share(parent.block_table)
+            child.block_table = parent.block_table[:]
         child.num_computed_tokens = parent.num_computed_tokens
         child.num_dropped = parent.num_dropped
+        return True
 
     # it comes and goes
 
@@ -175,12 +237,12 @@ class KVMemory:
 
     def _blocks_of_all(self, sequence: Sequence) -> int:
         """Blocks that it holds at most until all tokens that it has now are computed."""
-        blocks = self._num_blocks(sequence.num_tokens - sequence.num_dropped)
+        num_slots = sequence.num_tokens - sequence.num_dropped
         budget = sequence.request.kv_budget
-        if budget is None:
-            return blocks
-        step_tokens = min(sequence.num_uncomputed_tokens, self._step_tokens)
-        return min(blocks, budget.max_blocks(step_tokens, self.block_size))
+        if budget is None or (isinstance(budget, Selection) and num_slots < budget.slots + 1):
+            return self._num_blocks(num_slots)
+        most = budget.max_blocks(min(sequence.num_uncomputed_tokens, self._step_tokens), self.block_size)
+        return most if isinstance(budget, Selection) else min(most, self._num_blocks(num_slots))
 
     def _writes_shared(self, sequence: Sequence) -> bool:
         """Whether the block that its next token goes to is there already, and others hold it too."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal
 
-from scheduler.kv_budget import KVBudget
+from scheduler.kv_budget import KVBudget, Selection
 from scheduler.prefix_index import block_key, root_key
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
@@ -163,6 +163,21 @@ class Sequence:
     def num_slots(self) -> int:
         """Computed tokens whose KV it holds."""
         return self.num_computed_tokens - self.num_dropped
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether its next token to compute is one of the prompt's."""
+        return self.num_computed_tokens < self.request.num_prompt_tokens
+
+    @property
+    def max_step(self) -> int:
+        """Tokens that a step may compute at most: it oversteps no selection, nor the prompt's end before one."""
+        budget = self.request.kv_budget
+        if not isinstance(budget, Selection):
+            return len(self.tokens)
+        room = budget.room(self.num_slots, in_prompt=self.in_prompt)
+        left = self.request.num_prompt_tokens - self.num_computed_tokens
+        return min(room, left) if left > 0 else room
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -237,14 +237,21 @@ class Scheduler:
         self.counters.blocks_swapped_out += len(transfers.out)
         self.counters.blocks_swapped_in += len(transfers.back)
         num_tokens = sum([len(item.tokens) for item in items])
-        num_preempted = self.counters.preemptions - preempted
-        return ScheduledBatch(tuple(items), transfers, num_tokens, num_preempted, self._memory.take_evicted())
+        return ScheduledBatch(
+            tuple(items),
+            transfers,
+            num_tokens,
+            self.counters.preemptions - preempted,
+            self._memory.take_evicted(),
+            self._memory.take_compactions(),
+        )
 
     def update(self, batch: ScheduledBatch, sampled: Iterable[Seq[int]]) -> list[Appended]:
         """Record a finished step: ``sampled[i]`` holds the ``num_samples`` tokens of ``batch.items[i]``.
 
         What is sampled for a beam is not looked at: `advance` says how its search goes on.
         """
+        self._memory.end_step()
         appended: list[Appended] = []
         for index, (item, tokens) in enumerate(zip(batch.items, sampled, strict=True)):
             sequence = item.sequence
@@ -260,6 +267,8 @@ class Scheduler:
             for number, token in enumerate(tokens):
                 branch = forks[number - 1] if number else sequence
                 self._append(branch, token)
+                if branch.status is Status.WAITING:  # there was no room for a copy of its parent's KV
+                    insort(self._returning, branch, key=_rank)
                 appended.append(Appended(branch, index, number))
         return appended
 
@@ -302,7 +311,8 @@ class Scheduler:
             # Each sequence behind this one keeps a token of the budget: a long prompt does not stall their streams.
             num_tokens = min(missing, max(budget - num_after, 1))
             if sequence.request.kv_budget is not None:
-                self._memory.drop(sequence, sequence.request.kv_budget)
+                self._memory.drop(sequence)
+                num_tokens = min(num_tokens, sequence.max_step)
             if not self._make_room(sequence, num_tokens):
                 break
             items.append(self._take(sequence, num_tokens))
@@ -320,7 +330,7 @@ class Scheduler:
             if places < 0 or not self._memory.enter(sequence, promised):
                 return
             self._begin(sequence)
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            num_tokens = min(sequence.num_uncomputed_tokens, sequence.max_step, budget)
             items.append(self._take(sequence, num_tokens))
             promised += self._memory.missing_blocks(sequence)
             budget -= num_tokens
@@ -387,8 +397,8 @@ class Scheduler:
     def _fork(self, parent: Sequence) -> Sequence:
         """One more continuation, sharing every block so far; where it has no place it waits, and holds nothing."""
         child = parent.fork()
-        if parent.status is Status.RUNNING and len(self._running) < self.config.max_num_seqs:
-            self._memory.fork(parent, child)
+        has_place = parent.status is Status.RUNNING and len(self._running) < self.config.max_num_seqs
+        if has_place and self._memory.fork(parent, child):
             child.status = Status.RUNNING
             insort(self._running, child, key=_rank)
         return child

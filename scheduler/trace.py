@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from scheduler.batch import Appended, ScheduledBatch
 from scheduler.batching import Batching
-from scheduler.kv_budget import Window
+from scheduler.kv_budget import KVBudget, Selection, Window
 from scheduler.request import FinishReason, Request, Sequence, StopRule
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.waiting_queue import Order
@@ -96,7 +96,7 @@ def decisions(scheduler: Scheduler, batch: ScheduledBatch) -> dict[str, Any]:
         [item.sequence.request.request_id, item.sequence.index, item.start, len(item.tokens), item.num_samples]
         for item in batch.items
     ]
-    moves = {name: [list(move) for move in getattr(batch.transfers, name)] for name in ("out", "back", "copies")}
+    moves = {name: [list(move) for move in moves] for name, moves in batch.transfers._asdict().items()}
     blocks = sum(item.block_table[-1] for item in batch.items)  # which blocks were given, in brief
     return {
         "items": items,
@@ -202,7 +202,7 @@ def _described(request: Request) -> dict[str, Any]:
         "priority": request.priority,
         "tenant": request.tenant,
         "deadline": request.deadline,
-        "kv_budget": None if request.kv_budget is None else asdict(request.kv_budget),
+        "kv_budget": None if request.kv_budget is None else asdict(request.kv_budget),  # told apart by its fields
     }
 
 
@@ -217,9 +217,15 @@ def _request(described: dict[str, Any]) -> Request:
             stop_token_ids=frozenset(stop["stop_token_ids"]),
         ),
         cache_salt=described["root"],  # equal for those requests that had equal salts
-        kv_budget=None if described["kv_budget"] is None else Window(**described["kv_budget"]),
+        kv_budget=_budget(described["kv_budget"]),
         **{name: described[name] for name in ("n", "beam_width", "priority", "tenant", "deadline")},
     )
+
+
+def _budget(fields: dict[str, Any] | None) -> KVBudget | None:
+    if fields is None:
+        return None
+    return Window(**fields) if "window" in fields else Selection(**fields)
 
 
 def _config(head: dict[str, Any], path: Path) -> SchedulerConfig:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from engine.kv_policies.full import Full
+from engine.kv_policies.h2o import H2O
+from engine.kv_policies.knorm import KNorm
 from engine.kv_policies.policy import KVPolicy
 from engine.kv_policies.streaming import Streaming
 from engine.kv_policies.window import SlidingWindow
 
-POLICIES: Final[Mapping[str, type[Any]]] = {cls.name: cls for cls in (Full, SlidingWindow, Streaming)}
+POLICIES: Final[Mapping[str, type[Any]]] = {cls.name: cls for cls in (Full, SlidingWindow, Streaming, H2O, KNorm)}
 
 
 def make_policy(given: object) -> KVPolicy:

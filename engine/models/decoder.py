@@ -66,6 +66,17 @@ class Attention:
             self.window,
             None if batch.limits is None else ops.Sinks(batch.limits.windows, batch.limits.sinks, sink_query),
         )
+        if batch.keeps_mass is not None:
+            ops.attention_mass(
+                query,
+                cache.key,
+                batch.block_tables,
+                batch.query_start,
+                batch.seq_lens,
+                self.head_dim**-0.5,
+                cache.mass,
+                batch.keeps_mass,
+            )
         return self.output(attended.view(len(x), -1))
 
 

@@ -33,8 +33,8 @@ def paged_attention(
             slots = torch.arange(begin, stop, device=q.device)
             if num_sinks:
                 slots = torch.cat([torch.arange(min(num_sinks, begin), device=q.device), slots])
-            keys = _gather(key_cache, block_tables[b], slots)
-            values = _gather(value_cache, block_tables[b], slots)
+            keys = gather(key_cache, block_tables[b], slots)
+            values = gather(value_cache, block_tables[b], slots)
             scores = score(q[first:last], keys, scale)
             if sinks is not None and num_sinks:
                 at_sinks = score(sinks.q[first:last], keys, scale)
@@ -59,7 +59,7 @@ def _limits(window: int | None, sinks: Sinks | None, b: int, length: int) -> tup
     return seen, 0 if sinks is None else int(sinks.counts[b])
 
 
-def _gather(cache: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+def gather(cache: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     """The cached heads at `positions` [L] of one sequence, as float32 [L, Hkv, D]; reads no other slot."""
     block_size = cache.shape[2]
     return cache[table[positions // block_size].long(), :, positions % block_size].to(torch.float32)

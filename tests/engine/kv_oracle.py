@@ -95,6 +95,29 @@ class Oracle:
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def heaviest(count: int, recent: int, slacks: tuple[int, int], num_prompt: int) -> Evict:
+    """H2O: once there are ``slacks`` (within the prompt, after it) too many, the lightest but the newest go."""
+    return _select(lambda one: one.mass, count, recent, slacks, num_prompt)
+
+
+def smallest_keys(count: int, recent: int, slacks: tuple[int, int], num_prompt: int) -> Evict:
+    """The same by the norms of keys: the largest go."""
+    return _select(lambda one: -float(one.key.norm()), count, recent, slacks, num_prompt)
+
+
+def _select(
+    score: Callable[[Entry], float], count: int, recent: int, slacks: tuple[int, int], num_prompt: int
+) -> Evict:
+    def evict(kept: Kept, position: int) -> Kept:
+        if len(kept) < count + recent + slacks[position + 1 >= num_prompt]:
+            return kept
+        older, newer = kept[: len(kept) - recent], kept[len(kept) - recent :]
+        chosen = sorted(older, key=score, reverse=True)[:count]
+        return sorted(chosen, key=lambda one: one.position) + newer
+
+    return evict
+
+
 def window(size: int, sinks: int = 0) -> Evict:
     """The first ``sinks`` and the newest ``size``."""
     return lambda kept, position: [one for one in kept if one.position < sinks or position - one.position < size]

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.kv_policies.full import Full
+from engine.kv_policies.h2o import H2O
+from engine.kv_policies.knorm import KNorm
 from engine.kv_policies.policy import KVPolicy
 from engine.kv_policies.registry import describe, make_policy, policy_setting
 from engine.kv_policies.streaming import Streaming
@@ -22,21 +24,35 @@ from engine.launch import LoadedModel, assemble, load_model
 from engine.sampling_params import SamplingParams
 from tests.engine.checkpoints import SHAPE, random_model, save
 from tests.engine.driving import Answer, PreemptionCount, ask, generate
-from tests.engine.kv_oracle import Oracle, window
+from tests.engine.kv_oracle import Oracle, heaviest, smallest_keys, window
 
+Expected = Callable[[str, Sequence[int], Sequence[int]], Tensor]
 VOCAB = SHAPE["vocab_size"]
-PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=VOCAB)
+PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=VOCAB, repetition_penalty=100.0)
+"""No token comes twice: in the first layer equal tokens have equal keys, and which of them goes is left to rounding."""
 
-POLICIES: dict[str, tuple[KVPolicy, Callable[[Any], Oracle]]] = {
-    "full": (Full(), Oracle),
-    "window": (SlidingWindow(window=11), lambda model: Oracle(model, before=window(11))),
+POLICIES: dict[str, tuple[KVPolicy, Callable[[Any, int], Oracle]]] = {
+    "full": (Full(), lambda model, _: Oracle(model)),
+    "window": (SlidingWindow(window=11), lambda model, _: Oracle(model, before=window(11))),
     "streaming": (
         Streaming(sinks=3, window=10),
-        lambda model: Oracle(model, before=window(10, sinks=3), in_cache_positions=True),
+        lambda model, _: Oracle(model, before=window(10, sinks=3), in_cache_positions=True),
     ),
     "streaming with many sinks": (
         Streaming(sinks=9, window=2),
-        lambda model: Oracle(model, before=window(2, sinks=9), in_cache_positions=True),
+        lambda model, _: Oracle(model, before=window(2, sinks=9), in_cache_positions=True),
+    ),
+    "h2o": (
+        H2O(heavy=5, recent=5, slack=1, prompt_slack=1),
+        lambda model, prompt: Oracle(model, after=heaviest(5, 5, (1, 1), prompt)),
+    ),
+    "h2o with slack": (
+        H2O(heavy=7, recent=2, slack=4, prompt_slack=13),
+        lambda model, prompt: Oracle(model, after=heaviest(7, 2, (13, 4), prompt)),
+    ),
+    "knorm": (
+        KNorm(keep=6, recent=3, slack=3, prompt_slack=9),
+        lambda model, prompt: Oracle(model, after=smallest_keys(6, 3, (9, 3), prompt)),
     ),
 }
 
@@ -53,22 +69,24 @@ def loaded(model: Any, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def expected(model: Any) -> Callable[[str, tuple[int, ...]], Tensor]:
-    """The oracle's log-probabilities [tokens, vocab] after each of some tokens, under the policy of a name."""
+def expected(model: Any) -> Expected:
+    """The oracle's log-probabilities [output tokens, vocab] for a prompt and what came out, under a policy's name."""
 
     @functools.cache
-    def compute(name: str, tokens: tuple[int, ...]) -> Tensor:
-        return POLICIES[name][1](model).run(tokens).log_softmax(-1)
+    def compute(name: str, prompt: tuple[int, ...], output: tuple[int, ...]) -> Tensor:
+        logits = POLICIES[name][1](model, len(prompt)).run([*prompt, *output[:-1]])
+        return logits[len(prompt) - 1 :].log_softmax(-1)
 
-    return compute
+    return lambda name, prompt, output: compute(name, tuple(prompt), tuple(output))
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     """Some begin alike; of all lengths around blocks and windows."""
     source = random.Random(5)
-    common = source.choices(range(3, VOCAB), k=30)
-    return [common[:12], [*common[:20], 7, 7], common, source.choices(range(3, VOCAB), k=45), [5]]
+    tokens = source.sample(range(3, VOCAB), k=80)
+    common = tokens[:30]
+    return [common[:12], [*common[:20], *tokens[30:32]], common, tokens[32:77], [tokens[78]]]
 
 
 def assert_close(answer: Answer, expected: Tensor, index: int = 0) -> None:
@@ -92,12 +110,12 @@ def assert_close(answer: Answer, expected: Tensor, index: int = 0) -> None:
     ],
 )
 def test_logits_are_the_oracles(
-    loaded: LoadedModel, expected: Callable[..., Tensor], prompts: list[list[int]], name: str, limits: dict[str, Any]
+    loaded: LoadedModel, expected: Expected, prompts: list[list[int]], name: str, limits: dict[str, Any]
 ) -> None:
     for prompt, answer in zip(
         prompts, generate(loaded, prompts, PARAMS, kv_policy=POLICIES[name][0], **limits), strict=True
     ):
-        assert_close(answer, expected(name, (*prompt, *answer.tokens[0][:-1]))[len(prompt) - 1 :])
+        assert_close(answer, expected(name, prompt, answer.tokens[0]))
 
 
 BLOCK_BYTES = 2 * 2 * SHAPE["num_key_value_heads"] * SHAPE["head_dim"] * 4 * 4
@@ -106,9 +124,7 @@ BLOCK_BYTES = 2 * 2 * SHAPE["num_key_value_heads"] * SHAPE["head_dim"] * 4 * 4
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("swap", [None, 40 * BLOCK_BYTES], ids=["recomputed", "swapped"])
-def test_preemption_changes_nothing(
-    loaded: LoadedModel, expected: Callable[..., Tensor], name: str, swap: int | None
-) -> None:
+def test_preemption_changes_nothing(loaded: LoadedModel, expected: Expected, name: str, swap: int | None) -> None:
     """A pool in which a whole request just fits, and four of them that begin small."""
     policy, prompts = POLICIES[name][0], [[5], [6, 7, 8], [5, 6, 7, 8, 9], [10, 11]]
     observer = PreemptionCount()
@@ -125,22 +141,22 @@ def test_preemption_changes_nothing(
     )
     assert observer.preemptions > 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        assert_close(answer, expected(name, (*prompt, *answer.tokens[0][:-1]))[len(prompt) - 1 :])
+        assert_close(answer, expected(name, prompt, answer.tokens[0]))
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_each_of_four_continuations_is_the_oracles(
-    loaded: LoadedModel, expected: Callable[..., Tensor], prompts: list[list[int]], name: str
+    loaded: LoadedModel, expected: Expected, prompts: list[list[int]], name: str
 ) -> None:
     params = replace(PARAMS, n=4, temperature=1.0, seed=1, max_tokens=10)
     (answer,) = generate(loaded, [prompts[1]], params, kv_policy=POLICIES[name][0], block_size=4)
     assert len({tuple(tokens) for tokens in answer.tokens.values()}) > 1
     for index, tokens in answer.tokens.items():
-        assert_close(answer, expected(name, (*prompts[1], *tokens[:-1]))[len(prompts[1]) - 1 :], index)
+        assert_close(answer, expected(name, prompts[1], tokens), index)
 
 
 def test_a_stream_runs_past_the_trained_length_at_constant_memory(
-    model: Any, loaded: LoadedModel, expected: Callable[..., Tensor]
+    model: Any, loaded: LoadedModel, expected: Expected
 ) -> None:
     """4 times the trained length, in a cache that would hold a third of it."""
     policy, length = POLICIES["streaming"][0], 4 * model.config.max_position_embeddings
@@ -148,11 +164,11 @@ def test_a_stream_runs_past_the_trained_length_at_constant_memory(
     (answer,) = generate(loaded, [[5]], replace(PARAMS, max_tokens=length), **limits)
     tokens = answer.tokens[0]
     assert len(tokens) == length
-    assert_close(answer, expected("streaming", (5, *tokens[:-1])))
+    assert_close(answer, expected("streaming", [5], tokens))
 
 
 def test_requests_with_different_policies_share_a_batch(
-    loaded: LoadedModel, expected: Callable[..., Tensor], prompts: list[list[int]]
+    loaded: LoadedModel, expected: Expected, prompts: list[list[int]]
 ) -> None:
     named = [(name, policy, prompt) for name, (policy, _) in POLICIES.items() for prompt in prompts[1:4:2]]
 
@@ -166,7 +182,7 @@ def test_requests_with_different_policies_share_a_batch(
         return answers
 
     for (name, _, prompt), answer in zip(named, asyncio.run(serve()), strict=True):
-        assert_close(answer, expected(name, (*prompt, *answer.tokens[0][:-1]))[len(prompt) - 1 :])
+        assert_close(answer, expected(name, prompt, answer.tokens[0]))
 
 
 def test_what_was_evicted_is_counted(loaded: LoadedModel) -> None:
