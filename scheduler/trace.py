@@ -22,7 +22,7 @@ from scheduler.request import FinishReason, Request, Sequence, StopRule
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.waiting_queue import Order
 
-VERSION = 2
+VERSION = 1
 
 
 class TraceError(ValueError):
@@ -217,7 +217,7 @@ def _request(described: dict[str, Any]) -> Request:
             stop_token_ids=frozenset(stop["stop_token_ids"]),
         ),
         cache_salt=described["root"],  # equal for those requests that had equal salts
-        kv_budget=_budget(described["kv_budget"]),
+        kv_budget=_budget(described.get("kv_budget")),
         **{name: described[name] for name in ("n", "beam_width", "priority", "tenant", "deadline")},
     )
 
