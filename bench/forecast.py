@@ -27,6 +27,8 @@ class Speed:
 
     requests: int
     failed: int
+    cached_tokens: int
+    """Of their prompts, that a prefix cache held."""
     requests_per_s: float
     output_tokens_per_s: float
     goodput: float | None
@@ -73,6 +75,7 @@ def speed_of(
     return Speed(
         requests=len(done),
         failed=len(records) - len(done),
+        cached_tokens=sum(record.cached_tokens for record in done),
         requests_per_s=sum(record.error is None for record in counted) * scale,
         output_tokens_per_s=sum(record.output_tokens for record in counted) * scale,
         goodput=len(good) * scale if objective else None,
@@ -184,6 +187,7 @@ def pairs(measured: Speed, predicted: Speed) -> list[tuple[str, float | None, fl
     figures: list[tuple[str, list[float | None]]] = [
         ("requests/s", [speed.requests_per_s for speed in both]),
         ("output tok/s", [speed.output_tokens_per_s for speed in both]),
+        ("cached prompt tokens", [speed.cached_tokens for speed in both]),
     ]
     figures += [
         (f"{_NAMES[metric]} {part}, ms", [_part(speed, metric, part) for speed in both])

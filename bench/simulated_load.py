@@ -97,7 +97,7 @@ def _synthetic(args: argparse.Namespace, replicas: Sequence[int] | None) -> Simu
             inputs=inputs,
             outputs=outputs,
             prefixes=args.prefixes,
-            prefix_tokens=args.prefix_len if args.prefixes else 0,
+            prefix_tokens=args.prefix_len,
             seed=str(args.seed),
         )
 

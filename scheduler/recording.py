@@ -48,6 +48,7 @@ class _Live:
     """A request that the trace told of."""
 
     now: float
+    prompt: array[int]
     described: dict[str, Any]
     rule: StopRule
     continuations: dict[int, _Continuation] = field(default_factory=dict)
@@ -77,7 +78,7 @@ def read_recording(path: Path) -> Recording:
     for number, entry in entries:
         try:
             reader.take(entry)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = str(error) if isinstance(error, TraceError) else f"{type(error).__name__}: {error}"
             raise TraceError(f"{path}, line {number}: {reason}") from error
     recording = reader.recording()
@@ -98,12 +99,12 @@ class _Reader:
         """Read the next line."""
         match entry:
             case {"add": described, "now": now}:
-                self._add(described, now)
+                self._add(described, float(now))
             case {"step": step, "now": now}:
-                self._close(now)
-                self._step = self._begun(step, now)
+                self._close(float(now))
+                self._step = self._begun(step, float(now))
             case {"update": tokens, "seconds": seconds}:
-                self._update(tokens, seconds)
+                self._update(tokens, float(seconds))
             case {"abort": name}:
                 self._leave([name])
             case {"expire": names}:
@@ -132,7 +133,7 @@ class _Reader:
     def _add(self, described: dict[str, Any], now: float) -> None:
         if described["beam_width"] is not None:
             raise TraceError("a beam search, which the simulator does not know")
-        live = _Live(now, described, stop_rule_of(described["stop"]))
+        live = _Live(now, array("i", described["prompt"]), described, stop_rule_of(described["stop"]))
         self._requests.append(live)
         self._open[described["id"]] = live
 
@@ -189,7 +190,7 @@ def _arrival(live: _Live, answer: _Continuation, start: float) -> Arrival:
     described = live.described
     return Arrival(
         time=live.now - start,
-        prompt=array("i", described["prompt"]),
+        prompt=live.prompt,
         output=answer.tokens,
         cache_salt=described["root"],
         priority=described["priority"],
@@ -202,7 +203,7 @@ def _served(serial: int, live: _Live, answer: _Continuation, start: float) -> Se
     return Served(
         serial,
         live.now - start,
-        len(live.described["prompt"]),
+        len(live.prompt),
         first=answer.first - start,
         last=answer.last - start,
         output_tokens=len(answer.tokens),

@@ -87,6 +87,10 @@ def test_a_load_that_is_not_kept_up_with_is_pointed_out() -> None:
     assert caution.startswith("it does not keep up: the median TTFT was 19.5 s in the load's second quarter and 44.5 s")
 
 
+def test_waits_that_differ_by_chance_are_not_pointed_out() -> None:
+    assert cautions([_served(index, float(index), index * 1.01 + 1, index * 1.01 + 2, 2) for index in range(100)]) == []
+
+
 def test_a_load_that_is_short_beside_its_answers_is_pointed_out() -> None:
     (caution,) = cautions([_served(index, float(index), index + 1.0, index + 30.0, 2) for index in range(100)])
     assert "a median latency of 30.0 s is long beside the 99.0 s" in caution

@@ -69,6 +69,17 @@ def test_the_least_number_of_replicas_is_found(capsys: pytest.CaptureFixture[str
     assert "8 replicas are enough, if more are never worse." in shown
     tries = {row.split()[0]: row.split()[1] for row in shown.split("simulated\n")[1].split("\n\n")[0].splitlines()}
     assert (tries["7"], tries["8"]) == ("no", "yes")
+    assert next(iter(tries)) == "8", "the first guess is what one replica can do"
+
+
+def test_of_an_overloaded_replica_only_the_first_requests_are_looked_at(
+    capsys: pytest.CaptureFixture[str], cost: str
+) -> None:
+    flags = ["--rate", "1000", "--duration", "5", "--sample", "30", "--replicas", "1"]
+    assert _simulate(*flags, *_one_at_a_time(cost)) == 0
+    shown = capsys.readouterr().out
+    assert _figures(shown)["requests simulated"] == ["60"]
+    assert "only the first 60 requests were looked at; --sample sets how many" in shown
 
 
 def test_an_objective_beyond_reach_is_said_to_be_so(capsys: pytest.CaptureFixture[str], cost: str) -> None:

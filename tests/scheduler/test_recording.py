@@ -22,7 +22,7 @@ from tests.scheduler.simulated_traces import write_trace
 _HEAD = {"version": 1, "config": {"num_blocks": 9, "block_size": 4, "batching": {}, "order": {}}}
 
 
-def _add(now: float, name: str = "a", **more: Any) -> dict[str, Any]:
+def _add(now: float | str, name: str = "a", **more: Any) -> dict[str, Any]:
     stop = {"max_tokens": 9, "min_tokens": 0, "stop_token_ids": [5]}
     described = {"id": name, "prompt": [1, 2, 3], "root": "00", "stop": stop, "n": 1, "beam_width": None}
     return {"now": now, "add": {**described, "priority": 0, "tenant": "", "deadline": None, **more}}
@@ -164,6 +164,9 @@ def test_tokens_found_in_a_cache_are_where_the_first_step_starts(tmp_path: Path)
         ([_add(0.0, beam_width=2)], "line 2: a beam search, which the simulator does not know"),
         ([{"update": [[1]], "seconds": 1.0}], "line 2: an update without a step"),
         ([_step(0.0, ["a", 0, 0, 3, 1])], "line 2: KeyError: 'a'"),
+        ([_add("x")], "line 2: ValueError"),
+        ([_add(0.0, prompt=[1 << 40])], "line 2: OverflowError"),
+        ([{"now": 0.0, "step": []}], "line 2: AttributeError"),
         ([{"what": 1}], "line 2: this is no entry of a trace"),
         ([_add(0.0), _step(0.0, ["a", 0, 0, 3, 1]), {"update": [], "seconds": 1.0}], "line 4: ValueError"),
     ],
