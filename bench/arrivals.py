@@ -7,7 +7,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 
 from engine.errors import ConfigError
@@ -79,9 +79,14 @@ Level = ClosedLoop | OpenLoop
 
 def arrival_offsets(rate: float, count: int, seed: str, burstiness: float = 1.0) -> list[float]:
     """Seconds after the start at which each of ``count`` requests is due; the first at 0."""
+    return list(itertools.islice(arrival_moments(rate, seed, burstiness), count))
+
+
+def arrival_moments(rate: float, seed: str, burstiness: float = 1.0) -> Iterator[float]:
+    """The same without an end."""
     source = random.Random(seed)
-    gaps = (source.gammavariate(burstiness, 1 / (rate * burstiness)) for _ in range(count - 1))
-    return list(itertools.accumulate(gaps, initial=0.0))[:count]
+    gaps = (source.gammavariate(burstiness, 1 / (rate * burstiness)) for _ in itertools.count())
+    return itertools.accumulate(gaps, initial=0.0)
 
 
 def parse_concurrency(text: str) -> list[ClosedLoop]:

@@ -16,9 +16,9 @@ def public_arguments(declare: Declare, args: argparse.Namespace, files: tuple[st
     return {**shown, **{name: PurePath(shown[name]).name for name in files if shown[name]}}
 
 
-def command_line(name: str, declare: Declare, arguments: Mapping[str, Any]) -> str:
-    """The shortest `octavo bench` command that does the same, from what `public_arguments` gave."""
-    words = ["octavo", "bench", name]
+def command_line(name: str, declare: Declare, arguments: Mapping[str, Any], *, group: str = "octavo bench") -> str:
+    """The shortest command of the group that does the same, from what `public_arguments` gave."""
+    words = [*group.split(), name]
     defaults = _defaults(declare)
     for key, value in arguments.items():
         flag = key.replace("_", "-")

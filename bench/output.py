@@ -61,13 +61,21 @@ def figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
-def document(name: str, declare: Declare, args: argparse.Namespace, findings: Mapping[str, Any]) -> dict[str, Any]:
-    """The findings and how they came about, ready for JSON."""
-    arguments = public_arguments(declare, args, ("json", "plot"))
+def document(
+    name: str,
+    declare: Declare,
+    args: argparse.Namespace,
+    findings: Mapping[str, Any],
+    *,
+    group: str = "octavo bench",
+    files: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The findings and how they came about, ready for JSON; ``files``: which flags name one, beside the report's."""
+    arguments = public_arguments(declare, args, ("json", "plot", *files))
     return {
         "format": FORMAT_VERSION,
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(name, declare, arguments),
+        "command": command_line(name, declare, arguments, group=group),
         "arguments": arguments,
         "versions": {"octavo": metadata.version("octavo"), "python": platform.python_version()},
         "machine": machine(),

@@ -163,8 +163,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     return Plan(levels, source, chat, ignore_eos, _extra_body(args.extra_body), parse_objective(args.goodput))
 
 
-def parse_objective(text: str | None) -> dict[str, float]:
-    """Limits in milliseconds from text like ``ttft=200,tpot=50``. Raises ConfigError."""
+def parse_objective(text: str | None, flag: str = "--goodput") -> dict[str, float]:
+    """Limits in milliseconds from text like ``ttft=200,tpot=50``. Raises ConfigError, naming the flag."""
     objective: dict[str, float] = {}
     for item in (text or "").split(","):
         if not item.strip():
@@ -175,7 +175,7 @@ def parse_objective(text: str | None) -> dict[str, float]:
         except ValueError:
             objective[name] = math.nan
         if name not in OBJECTIVES or not objective[name] > 0:
-            raise ConfigError(f"--goodput takes {', '.join(OBJECTIVES)} with milliseconds, like ttft=200, not {item!r}")
+            raise ConfigError(f"{flag} takes {', '.join(OBJECTIVES)} with milliseconds, like ttft=200, not {item!r}")
     return objective
 
 

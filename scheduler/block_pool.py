@@ -8,7 +8,7 @@ cache follows vLLM's v1 core.)
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from itertools import islice
+from itertools import chain, islice
 
 from scheduler.prefix_index import PrefixIndex
 
@@ -26,17 +26,18 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.index = PrefixIndex()
         self._refs = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._fresh = 0  # blocks from this one on were never handed out; a simulator makes thousands of pools
+        self._free: OrderedDict[int, None] = OrderedDict()  # blocks that were released
 
     @property
     def num_free(self) -> int:
         """Blocks that no table holds, whether or not their content is still known."""
-        return len(self._free)
+        return self.num_blocks - self._fresh + len(self._free)
 
     @property
     def num_used(self) -> int:
         """Blocks that at least one table holds."""
-        return self.num_blocks - len(self._free)
+        return self._fresh - len(self._free)
 
     def ref_count(self, block: int) -> int:
         """How many tables hold ``block``."""
@@ -44,20 +45,22 @@ class BlockPool:
 
     def next_free(self, count: int) -> list[int]:
         """The ``count`` blocks that `allocate` would hand out, in that order."""
-        return list(islice(self._free, count))
+        return list(islice(chain(range(self._fresh, self.num_blocks), self._free), count))
 
     def allocate(self, count: int) -> list[int]:
         """Take the ``count`` blocks released longest ago, one reference each; their content is forgotten."""
-        if count > len(self._free):
-            raise OutOfBlocksError(f"{count} blocks asked for, {len(self._free)} free")
-        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        if count > self.num_free:
+            raise OutOfBlocksError(f"{count} blocks asked for, {self.num_free} free")
+        blocks = list(range(self._fresh, min(self._fresh + count, self.num_blocks)))
+        self._fresh += len(blocks)
+        blocks += [self._free.popitem(last=False)[0] for _ in range(count - len(blocks))]
         for block in blocks:
             self.index.forget(block)
             self._refs[block] = 1
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Add one reference to each block, used or free."""
+        """Add one reference to each block, used or released."""
         for block in blocks:
             if self._refs[block] == 0:
                 del self._free[block]
@@ -82,4 +85,5 @@ class BlockPool:
             for block in table:
                 held[block] += 1
         assert held == self._refs, "a block's references differ from the tables that hold it"
-        assert set(self._free) == {b for b in range(self.num_blocks) if held[b] == 0}, "free + used ≠ total"
+        free = {*self._free, *range(self._fresh, self.num_blocks)}
+        assert free == {block for block in range(self.num_blocks) if held[block] == 0}, "free + used ≠ total"

@@ -7,89 +7,39 @@ that gets its share of the requests, picked by lot. That is an approximation, on
 are to choose from, the less often all of them are busy.
 """
 
+from __future__ import annotations
+
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from math import ceil
 from random import Random
-from typing import Final, Literal, get_args
+from typing import Final, Literal, Protocol, get_args
 
 from scheduler.cost_model import CostModel
 from scheduler.scheduler import SchedulerConfig
-from scheduler.simulator import Arrival, Ended, Replica, Served
+from scheduler.simulator import Arrival, Ended, Life, Replica, Served
 
 Routing = Literal["round-robin", "least-loaded", "random", "prefix"]
 """In turn; to the replica with the fewest unfinished requests; by lot; those with one prefix to one replica, which is
 chosen by lot, and those without a prefix in turn."""
 ROUTINGS: Final[tuple[Routing, ...]] = get_args(Routing)
 
-LEAST_SAMPLE: Final = 4
-"""Replicas that are simulated at least, where there are as many."""
+_LEAST: Final[Mapping[Routing, int]] = {"round-robin": 2, "random": 2, "prefix": 16, "least-loaded": 8}
+"""Replicas that are simulated at least, where there are as many: the more unequal they are, the more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of the requests of the replicas that were simulated."""
+class Load(Protocol):
+    """Requests in order of time. They may be made up when they are asked for, as long as they are always the same."""
 
-    replicas: int
-    """Of the cluster."""
-    sampled: Sequence[Replica]
-    """Those of them that were simulated."""
-    routing: Routing
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Arrival: ...
 
-    @property
-    def served(self) -> list[Served]:
-        """Every request that the sample was sent."""
-        return [served for replica in self.sampled for served in replica.served]
 
-    @property
-    def duration(self) -> float:
-        """Seconds until the last replica is idle."""
-        return max(replica.now for replica in self.sampled)
-
-    @property
-    def utilization(self) -> float:
-        """The share of the time that replicas are in a step, 0 to 1."""
-        return self._sum(lambda replica: replica.tally.busy) / (self.duration * len(self.sampled) or 1.0)
-
-    @property
-    def preemptions(self) -> int:
-        """Of the sample."""
-        return sum(replica.scheduler.counters.preemptions for replica in self.sampled)
-
-    @property
-    def steps(self) -> int:
-        """Of the sample."""
-        return sum(replica.tally.steps for replica in self.sampled)
-
-    @property
-    def peak_kv(self) -> float:
-        """The largest share of its KV blocks that any replica used, 0 to 1."""
-        return max(replica.tally.peak_blocks / replica.scheduler.pool.num_blocks for replica in self.sampled)
-
-    @property
-    def kv_waste(self) -> float:
-        """The share of the blocks in use that holds nothing yet, over time, 0 to 1."""
-        held = self._sum(lambda replica: replica.tally.held_slots)
-        return self._sum(lambda replica: replica.tally.wasted_slots) / (held or 1.0)
-
-    @property
-    def note(self) -> str:
-        """What of this is exact."""
-        simulated = len(self.sampled)
-        if simulated == self.replicas:
-            return f"all {simulated} replicas were simulated" if simulated > 1 else "the replica was simulated"
-        if self.routing == "least-loaded":
-            return (
-                f"approximate: {self.replicas} replicas were simulated as a cell of {simulated} with "
-                f"{simulated}/{self.replicas} of the requests, which waits a little more than the whole would"
-            )
-        return f"a sample: {simulated} of {self.replicas} replicas were simulated, each with the requests it would get"
-
-    def _sum(self, value: Callable[[Replica], float]) -> float:
-        return sum(map(value, self.sampled))
+class UnservableError(ValueError):
+    """A request that no replica can ever run, for the reason that is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,81 +51,169 @@ class Cluster:
     cost: CostModel
     routing: Routing = "round-robin"
     sample: int | None = None
-    """Simulate no more replicas than it takes to serve so many requests; None: simulate all."""
+    """Simulate about as many replicas as it takes to serve so many requests; None: all."""
+    most_each: int | None = None
+    """Look at no more requests than so many per replica, the first ones: what comes too fast only queues up."""
     seed: str = ""
 
-    def simulate(self, arrivals: Sequence[Arrival], ended: Ended | None = None) -> Outcome:
-        """Serve requests, which come in order of time; ``ended`` is told of each when it has ended, and may raise.
-
-        Raises ValueError if a request can never run.
-        """
+    def simulate(self, load: Load, ended: Ended | None = None) -> Outcome:
+        """Serve a load; ``ended`` is told of each request when it has ended. Raises UnservableError."""
+        total = self.considered(load)
         make = partial(Replica, self.config, self.cost, ended)
-        replicas = self._cell(arrivals, make) if self.routing == "least-loaded" else self._apart(arrivals, make)
-        return Outcome(self.replicas, replicas, self.routing)
+        serve = self._cell if self.routing == "least-loaded" else self._apart
+        lives, sent = serve(load, total, make)
+        return Outcome(self, lives, sent, total, total < len(load))
 
-    def shares(self, arrivals: Sequence[Arrival]) -> list[Sequence[int]]:
-        """Which requests each replica of the sample gets, by index: replicas 0, 1, 2 … until there are enough."""
-        chosen: list[Sequence[int]] = []
-        total = 0
-        for indices in self._in_turn(len(arrivals)) if self.routing == "round-robin" else self._by_route(arrivals):
-            if self.sample is not None and total >= self.sample and len(chosen) >= LEAST_SAMPLE:
-                break
-            chosen.append(indices)
-            total += len(indices)
-        return chosen
+    def considered(self, load: Load) -> int:
+        """The requests of a load that are looked at: so many, from the first."""
+        return len(load) if self.most_each is None else min(len(load), self.most_each * self.replicas)
 
-    def _apart(self, arrivals: Sequence[Arrival], make: Callable[[], Replica]) -> list[Replica]:
-        """Simulate each replica of the sample from beginning to end."""
-        replicas = []
-        for indices in self.shares(arrivals):
-            replica = make()
-            for index in indices:
-                arrival = arrivals[index]
-                replica.advance(arrival.time)
-                replica.submit(arrival, index)
-            replica.advance()
-            replicas.append(replica)
-        return replicas
+    def simulated(self, total: int) -> int:
+        """How many replicas are simulated of those that get ``total`` requests."""
+        if self.sample is None:
+            return self.replicas
+        return min(self.replicas, max(_LEAST[self.routing], ceil(self.sample * self.replicas / max(total, 1))))
 
-    def _cell(self, arrivals: Sequence[Arrival], make: Callable[[], Replica]) -> list[Replica]:
-        """Simulate replicas side by side, since each request looks at all of them."""
-        size = self.replicas
-        if self.sample is not None and arrivals:
-            size = min(size, max(LEAST_SAMPLE, ceil(self.sample * size / len(arrivals))))
-        lots = Random(f"{self.seed}/cell")
-        replicas = [make() for _ in range(size)]
-        for index in range(len(arrivals)):
-            if size < self.replicas and lots.random() * self.replicas >= size:
-                continue  # it is for the part of the cluster that is not simulated
-            arrival = arrivals[index]
-            for replica in replicas:
-                replica.advance(arrival.time)
-            min(replicas, key=_num_open).submit(arrival, index)
-        for replica in replicas:
-            replica.advance()
-        return replicas
+    def shares(self, load: Load, total: int) -> Sequence[Sequence[int]]:
+        """Which of the first ``total`` requests the replicas of the sample get, by index; not for `least-loaded`."""
+        simulated = self.simulated(total)
+        if self.routing == "round-robin":
+            return [range(first, total, self.replicas) for first in range(simulated)]
+        shares: list[array[int]] = [array("l") for _ in range(simulated)]
+        for index, replica in enumerate(self._homes(load, total)):
+            if replica < simulated:
+                shares[replica].append(index)
+        return shares
 
-    def _in_turn(self, total: int) -> Iterable[Sequence[int]]:
-        return (range(first, total, self.replicas) for first in range(self.replicas))
-
-    def _by_route(self, arrivals: Sequence[Arrival]) -> Iterable[Sequence[int]]:
-        """Which requests each replica gets, where chance decides."""
+    def _homes(self, load: Load, total: int) -> Iterator[int]:
+        """The replica of each request, where chance decides."""
         source = Random(f"{self.seed}/routes")
-        indices: list[array[int]] = [array("l") for _ in range(self.replicas)]
         if self.routing == "random":
-            for index in range(len(arrivals)):
-                indices[int(source.random() * self.replicas)].append(index)
-            return indices
+            yield from (int(source.random() * self.replicas) for _ in range(total))
+            return
         homes: dict[int, int] = {}
         turn = count()
-        for index, prefix in enumerate(arrival.prefix for arrival in arrivals):
+        for index in range(total):
+            prefix = load[index].prefix
             if prefix is None:
-                indices[next(turn) % self.replicas].append(index)
+                yield next(turn) % self.replicas
                 continue
             if prefix not in homes:
                 homes[prefix] = int(source.random() * self.replicas)
-            indices[homes[prefix]].append(index)
-        return indices
+            yield homes[prefix]
+
+    def _apart(self, load: Load, total: int, make: Callable[[], Replica]) -> tuple[list[Life], int]:
+        """Simulate each replica of the sample from beginning to end."""
+        lives = []
+        shares = self.shares(load, total)
+        for indices in shares:
+            replica = make()
+            for index in indices:
+                arrival = load[index]
+                replica.advance(arrival.time)
+                _submit(replica, arrival, index)
+            replica.advance()
+            lives.append(replica.life)
+        return lives, sum(map(len, shares))
+
+    def _cell(self, load: Load, total: int, make: Callable[[], Replica]) -> tuple[list[Life], int]:
+        """Simulate replicas side by side, since each request looks at all of them."""
+        lots, sent = Random(f"{self.seed}/cell"), 0
+        replicas = [make() for _ in range(self.simulated(total))]
+        for index in range(total):
+            if len(replicas) < self.replicas and lots.random() * self.replicas >= len(replicas):
+                continue  # it is for the part of the cluster that is not simulated
+            arrival = load[index]
+            for replica in replicas:
+                replica.advance(arrival.time)
+            _submit(min(replicas, key=_num_open), arrival, index)
+            sent += 1
+        for replica in replicas:
+            replica.advance()
+        return [replica.life for replica in replicas], sent
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of the requests of the replicas that were simulated."""
+
+    cluster: Cluster
+    lives: Sequence[Life]
+    """Of those replicas that were simulated."""
+    sent: int
+    """Requests that they were sent, of"""
+    total: int
+    """all that were looked at."""
+    cut: bool
+    """Whether the load has more."""
+
+    @property
+    def served(self) -> list[Served]:
+        """Every request of the sample that has ended."""
+        return [served for life in self.lives for served in life.served]
+
+    @property
+    def unserved(self) -> int:
+        """Requests of the sample that wait for ever, for a static batch to fill."""
+        return sum(life.num_open for life in self.lives)
+
+    @property
+    def duration(self) -> float:
+        """Seconds until the last replica is idle."""
+        return max(life.ended for life in self.lives)
+
+    @property
+    def utilization(self) -> float:
+        """The share of the time that replicas are in a step, 0 to 1."""
+        return sum(life.tally.busy for life in self.lives) / (self.duration * len(self.lives) or 1.0)
+
+    @property
+    def preemptions(self) -> int:
+        """Of the sample."""
+        return sum(life.counters.preemptions for life in self.lives)
+
+    @property
+    def occupancy(self) -> float:
+        """Sequences in a step, on average."""
+        steps = sum(life.tally.steps for life in self.lives)
+        return sum(life.tally.sequences for life in self.lives) / (steps or 1)
+
+    @property
+    def peak_kv(self) -> float:
+        """The largest share of its KV blocks that any replica used, 0 to 1."""
+        return max(life.tally.peak_blocks for life in self.lives) / self.cluster.config.num_blocks
+
+    @property
+    def kv_waste(self) -> float:
+        """The share of the blocks in use that holds nothing yet, over time, 0 to 1."""
+        held = sum(life.tally.held_slots for life in self.lives)
+        return sum(life.tally.wasted_slots for life in self.lives) / (held or 1.0)
+
+    @property
+    def prefix_hits(self) -> float:
+        """The share of the prompts' tokens that a prefix cache held, 0 to 1."""
+        queried = sum(life.counters.prefix_queried_tokens for life in self.lives)
+        return sum(life.counters.prefix_hit_tokens for life in self.lives) / (queried or 1)
+
+    @property
+    def note(self) -> str:
+        """What of this is exact."""
+        simulated, replicas = len(self.lives), self.cluster.replicas
+        if simulated == replicas:
+            return "every replica was simulated"
+        if self.cluster.routing == "least-loaded":
+            return (
+                f"approximate: {replicas:,} replicas were simulated as a cell of {simulated:,} with "
+                f"{simulated:,}/{replicas:,} of the requests, which waits a little more than the whole would"
+            )
+        return f"a sample: {simulated:,} of {replicas:,} replicas were simulated, each with all that it would get"
+
+
+def _submit(replica: Replica, arrival: Arrival, index: int) -> None:
+    try:
+        replica.submit(arrival, index)
+    except ValueError as error:
+        raise UnservableError(f"request {index} can never run: {error}") from error
 
 
 def _num_open(replica: Replica) -> int:

@@ -6,8 +6,9 @@ coefficient to cancel the other's. The best non-negative solution is the ordinar
 """
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
 from math import fsum
+from operator import mul
 
 _SINGULAR = 1e-10
 """A pivot smaller than this, of columns of length one, is rounding: the column adds nothing to those before it."""
@@ -17,7 +18,9 @@ def nonnegative(columns: Sequence[Sequence[float]], target: Sequence[float]) -> 
     """The coefficients (≥ 0, one per column) whose combination is nearest ``target``, and the squared distance."""
     lengths = [_dot(column, column) ** 0.5 or 1.0 for column in columns]
     # Columns of length one: pairs of tokens are millions where a constant is one, and the pivots must be comparable.
-    gram = [[_dot(a, b) / (lengths[i] * lengths[j]) for j, b in enumerate(columns)] for i, a in enumerate(columns)]
+    gram = [[0.0] * len(columns) for _ in columns]
+    for i, j in combinations_with_replacement(range(len(columns)), 2):
+        gram[i][j] = gram[j][i] = _dot(columns[i], columns[j]) / (lengths[i] * lengths[j])
     moments = [_dot(column, target) / length for column, length in zip(columns, lengths, strict=True)]
     whole = _dot(target, target)
     best, least = [0.0] * len(columns), whole
@@ -35,7 +38,7 @@ def nonnegative(columns: Sequence[Sequence[float]], target: Sequence[float]) -> 
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum([x * y for x, y in zip(a, b, strict=True)])
+    return float(sum(map(mul, a, b)))
 
 
 def _solve(matrix: list[list[float]], right: list[float]) -> list[float] | None:

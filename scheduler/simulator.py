@@ -11,16 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
-from scheduler.batch import ScheduledBatch
+from scheduler.batch import ScheduledBatch, ScheduledSequence
 from scheduler.cost_model import CostModel, Work
 from scheduler.request import Request, StopRule
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler, SchedulerConfig, SchedulerCounters
 
 _TICK = 1e-6
 """Seconds by which time moves at least where the scheduler waits: sums of floats may miss a due moment by a bit."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
     """A request to come: when, how long, and what its prompt shares with others'."""
 
@@ -28,25 +28,29 @@ class Arrival:
     """Seconds since the start."""
     prompt: int | array[int]
     """Tokens; or how many, and they are made up, equal to no other request's."""
-    output_tokens: int
+    output: int | array[int]
+    """The answer's tokens, which a later prompt may quote; or how many."""
     prefix: int | None = None
     """Which of the shared beginnings its prompt has; None for none."""
     prefix_tokens: int = 0
     """Tokens of that beginning, which come before those of ``prompt``."""
+    cache_salt: str | None = None
+    priority: int = 0
+    tenant: str = ""
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Length of the whole prompt."""
-        own = self.prompt if isinstance(self.prompt, int) else len(self.prompt)
-        return own + (0 if self.prefix is None else self.prefix_tokens)
+    def request(self, serial: int) -> Request:
+        """The request as a scheduler takes it. Raises ValueError if there is no token in it, or none to come.
 
-    def tokens(self, serial: int) -> array[int]:
-        """The prompt: a made-up one repeats one token, ``serial`` or (negative) its prefix's, as only equality counts.
-
-        Equality of whole blocks that is, which is what the prefix cache looks at.
+        A made-up prompt repeats one token, ``serial`` or (negative) its prefix's, as only equality counts: equality of
+        whole blocks that is, which is what the prefix cache looks at.
         """
-        own = array("i", [serial]) * self.prompt if isinstance(self.prompt, int) else self.prompt
-        return own if self.prefix is None else array("i", [-1 - self.prefix]) * self.prefix_tokens + own
+        tokens = array("i", [serial]) * self.prompt if isinstance(self.prompt, int) else self.prompt
+        if self.prefix is not None:
+            tokens = array("i", [-1 - self.prefix]) * self.prefix_tokens + tokens
+        rule = StopRule(max_tokens=self.output if isinstance(self.output, int) else len(self.output))
+        return Request(
+            str(serial), tokens, rule, cache_salt=self.cache_salt, priority=self.priority, tenant=self.tenant
+        )
 
 
 @dataclass(slots=True)
@@ -69,8 +73,8 @@ class Tally:
     """What a replica did in all."""
 
     steps: int = 0
-    sequence_steps: int = 0
-    """Sequences in all steps: what simulating costs."""
+    sequences: int = 0
+    """In all steps together."""
     busy: float = 0.0
     """Seconds in steps."""
     peak_blocks: int = 0
@@ -83,19 +87,29 @@ class Tally:
         """Add a step."""
         allotted = block_size * sum([len(item.block_table) for item in batch.items])
         self.steps += 1
-        self.sequence_steps += len(batch.items)
+        self.sequences += len(batch.items)
         self.busy += seconds
         self.peak_blocks = max(self.peak_blocks, used_blocks)
         self.held_slots += used_blocks * block_size * seconds
         self.wasted_slots += (allotted - work.context) * seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Life:
+    """What a replica leaves behind."""
+
+    served: list[Served]
+    """Requests that have ended, in that order."""
+    num_open: int
+    """Requests that have not. Some never will, where static batching waits for more than ever come."""
+    ended: float
+    """Seconds from the start to its last moment."""
+    tally: Tally
+    counters: SchedulerCounters
+
+
 Ended = Callable[[Served], object]
 """Told of a request when it has ended."""
-
-
-class StalledError(RuntimeError):
-    """The scheduler has work, does nothing, and waits for nothing."""
 
 
 class Replica:
@@ -110,6 +124,7 @@ class Replica:
         self._cost = cost
         self._ended = ended
         self._open: dict[str, Served] = {}
+        self._answers: dict[str, array[int]] = {}
         self._batch: ScheduledBatch | None = None
         self._ends = 0.0
 
@@ -118,13 +133,20 @@ class Replica:
         """Requests that have not ended."""
         return len(self._open)
 
+    @property
+    def life(self) -> Life:
+        """All that there is to say of it so far."""
+        return Life(self.served, len(self._open), self.now, self.tally, self.scheduler.counters)
+
     def submit(self, arrival: Arrival, serial: int) -> None:
         """Queue a request, which takes part in the next step to begin. Raises ValueError if it can never run."""
         if self._batch is None:
             self.now = max(self.now, arrival.time)
-        request = Request(str(serial), arrival.tokens(serial), StopRule(max_tokens=arrival.output_tokens))
+        request = arrival.request(serial)
         self.scheduler.add(request, arrival.time)
         self._open[request.request_id] = Served(serial, arrival.time, request.num_prompt_tokens)
+        if not isinstance(arrival.output, int):
+            self._answers[request.request_id] = arrival.output
 
     def advance(self, until: float = inf) -> None:
         """Live on until all is idle, or until ``until``: steps that end by then have ended, later ones have begun."""
@@ -145,7 +167,7 @@ class Replica:
                 self._end(request, None)
             batch = scheduler.schedule(self.now)
             if batch:
-                work = Work.of(batch)
+                work = work_of(batch, scheduler.config.block_size)
                 seconds = self._cost.seconds(work)
                 self.tally.count(work, batch, seconds, scheduler.pool.num_used, scheduler.config.block_size)
                 self._batch, self._ends = batch, self.now + seconds
@@ -153,18 +175,17 @@ class Replica:
             if batch.num_preempted or not scheduler.has_work:
                 continue
             due = scheduler.next_event()
-            if due is None:
-                if until < inf:  # a batch may wait for requests to come
-                    return False
-                raise StalledError(f"{scheduler.num_waiting} requests wait for others that never come")
-            if due >= until:
+            if due is None or due >= until:  # a batch may wait for requests to come
                 return False
             self.now = max(due, self.now + _TICK)
         return False
 
     def _finish(self, batch: ScheduledBatch) -> None:
         self._batch, self.now = None, self._ends
-        sampled = [[0] * item.num_samples for item in batch.items]
+        if self._answers:
+            sampled = [self._sampled(item) for item in batch.items]
+        else:
+            sampled = [[0] * item.num_samples for item in batch.items]
         for new in self.scheduler.update(batch, sampled):
             request = new.sequence.request
             if len(new.sequence.tokens) == request.num_prompt_tokens + 1:
@@ -172,11 +193,24 @@ class Replica:
             if new.sequence.finish_reason is not None:
                 self._end(request, new.sequence.num_output_tokens)
 
+    def _sampled(self, item: ScheduledSequence) -> list[int]:
+        """The tokens that are sampled for an item: none or one."""
+        answer = self._answers.get(item.sequence.request.request_id)
+        token = 0 if answer is None or not item.num_samples else answer[item.sequence.num_output_tokens]
+        return [token] * item.num_samples
+
     def _end(self, request: Request, output_tokens: int | None) -> None:
         served = self._open.pop(request.request_id)
+        self._answers.pop(request.request_id, None)
         served.last = self.now
         served.output_tokens = output_tokens or 0
         served.cached_tokens = request.cached_tokens or 0
         self.served.append(served)
         if self._ended is not None:
             self._ended(served)
+
+
+def work_of(batch: ScheduledBatch, block_size: int) -> Work:
+    """The work of a scheduled step; a copy on the device is too quick to count."""
+    moves = len(batch.transfers.out) + len(batch.transfers.back)
+    return Work.of([(item.start, len(item.tokens), item.num_samples) for item in batch.items], moves * block_size)

@@ -122,9 +122,9 @@ class Replay:
 
     def run(self) -> None:
         """Make every call, compare every decision, and check the invariants after each."""
-        lines = self._lines()
+        lines = lines_of(self.path)
         number, head = next(lines, (1, {}))
-        scheduler = Scheduler(_config(head, self.path))
+        scheduler = Scheduler(config_of(head, self.path))
         live: dict[str, Request] = {}
         batch: ScheduledBatch | None = None
         for number, entry in lines:
@@ -168,20 +168,22 @@ class Replay:
                 raise TraceError("this is no entry of a trace")
         return batch
 
-    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        try:
-            with self.path.open(encoding="utf-8") as file:
-                for number, line in enumerate(file, start=1):
-                    entry = json.loads(line)
-                    if not isinstance(entry, dict):
-                        raise TraceError(f"{self.path}, line {number}: this is no entry of a trace")
-                    yield number, entry
-        except OSError as error:
-            raise TraceError(f"{self.path}: cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise TraceError(f"{self.path}: is no text") from error
-        except json.JSONDecodeError as error:
-            raise TraceError(f"{self.path}, line {number}: is not valid JSON: {error.msg}") from error
+
+def lines_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a trace, each with its number, the head first. Raises TraceError where one cannot be read."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                entry = json.loads(line)
+                if not isinstance(entry, dict):
+                    raise TraceError(f"{path}, line {number}: this is no entry of a trace")
+                yield number, entry
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TraceError(f"{path}: is no text") from error
+    except json.JSONDecodeError as error:
+        raise TraceError(f"{path}, line {number}: is not valid JSON: {error.msg}") from error
 
 
 def _described(request: Request) -> dict[str, Any]:
@@ -206,16 +208,20 @@ def _described(request: Request) -> dict[str, Any]:
     }
 
 
+def stop_rule_of(described: dict[str, Any]) -> StopRule:
+    """The rule that a request's ``stop`` describes."""
+    return StopRule(
+        max_tokens=described["max_tokens"],
+        min_tokens=described["min_tokens"],
+        stop_token_ids=frozenset(described["stop_token_ids"]),
+    )
+
+
 def _request(described: dict[str, Any]) -> Request:
-    stop = described["stop"]
     return Request(
         described["id"],
         array("i", described["prompt"]),
-        StopRule(
-            max_tokens=stop["max_tokens"],
-            min_tokens=stop["min_tokens"],
-            stop_token_ids=frozenset(stop["stop_token_ids"]),
-        ),
+        stop_rule_of(described["stop"]),
         cache_salt=described["root"],  # equal for those requests that had equal salts
         kv_budget=_budget(described.get("kv_budget")),
         **{name: described[name] for name in ("n", "beam_width", "priority", "tenant", "deadline")},
@@ -228,7 +234,8 @@ def _budget(fields: dict[str, Any] | None) -> KVBudget | None:
     return Window(**fields) if "window" in fields else Selection(**fields)
 
 
-def _config(head: dict[str, Any], path: Path) -> SchedulerConfig:
+def config_of(head: dict[str, Any], path: Path) -> SchedulerConfig:
+    """The configuration that a trace's first line states. Raises TraceError if it states none."""
     if head.get("version") != VERSION:
         raise TraceError(f"{path}: is no scheduler's trace of version {VERSION}")
     try:

@@ -14,7 +14,8 @@ COMMANDS = {
     "chat": Command("talk with a model in the terminal", "server.commands.chat"),
     "generate": Command("continue one prompt on standard output", "server.commands.generate"),
     "bench": Command("measure a server under load", "bench.cli"),
-    "trace": Command("replay what `octavo serve --trace FILE` wrote", "bench.trace"),
+    "simulate": Command("say what a load does to N replicas, or how many it needs", "bench.simulate"),
+    "trace": Command("replay what `octavo serve --trace FILE` wrote, or fit costs to it", "bench.trace"),
     "version": Command("print the version", "server.commands.version"),
 }
 

@@ -34,6 +34,13 @@ def test_the_block_released_longest_ago_is_reused_first() -> None:
     assert pool.allocate(3) == [b, a, c]
 
 
+def test_what_was_never_used_goes_before_what_was_released() -> None:
+    pool = BlockPool(4)
+    pool.release(pool.allocate(2))
+    assert pool.next_free(4) == [2, 3, 1, 0]
+    assert [*pool.allocate(1), *pool.allocate(3)] == [2, 3, 1, 0]
+
+
 def test_the_end_of_a_released_table_is_reused_before_its_beginning() -> None:
     pool = BlockPool(3)
     table = pool.allocate(3)
