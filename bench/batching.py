@@ -249,22 +249,13 @@ def static_steps(lengths: Sequence[int], size: int) -> int:
 def refilled_steps(lengths: Sequence[int], places: int) -> int:
     """Steps that it takes if each place goes to the next answer, in order, in the step after its last one ended.
 
-    An answer takes as many steps as it has tokens: its prompt is computed within the first.
+    An answer takes as many steps as it has tokens: its prompt is computed within the first. It is the fewest that
+    continuous batching can take, but for what another order of arrival changes.
     """
     free = [0] * places  # the step from which on each place is free
     for length in lengths:
         heapq.heapreplace(free, free[0] + length)
     return max(free)
-
-
-def refill_limit(answers: Sequence[Sequence[int]], size: int, places: int) -> float:
-    """How many times fewer steps refilling takes than static batches do, for answers of these lengths.
-
-    No gain in throughput by refilling alone is higher: a fuller step takes no less time than an emptier one, and the
-    prompts are the same work in both.
-    """
-    static = sum(static_steps(lengths, size) for lengths in answers)
-    return static / sum(refilled_steps(lengths, places) for lengths in answers)
 
 
 def pool(found: "Sequence[tuple[str, tuple[Run, Work]]]") -> dict[str, Measured]:
@@ -283,8 +274,9 @@ def pool(found: "Sequence[tuple[str, tuple[Run, Work]]]") -> dict[str, Measured]
 def _report(args: argparse.Namespace, plan: Plan, measured: Mapping[str, Measured], interrupted: bool) -> None:
     from bench.report import error_lines
 
-    limit = refill_limit(plan.answers(), plan.batch_size, plan.places)
-    print("\n".join([plan.title, "", _table(measured), "", *conclusions(plan, measured, limit)]))
+    static = sum(static_steps(lengths, plan.batch_size) for lengths in plan.answers())
+    fewest = sum(refilled_steps(lengths, plan.places) for lengths in plan.answers())
+    print("\n".join([plan.title, "", _table(measured), "", *conclusions(plan, measured, static, fewest)]))
     for mode, one in measured.items():
         for caution in cautions(one.runs):
             print(f"note, {mode}: {caution}")
@@ -292,7 +284,8 @@ def _report(args: argparse.Namespace, plan: Plan, measured: Mapping[str, Measure
             print(f"{mode}: {line}", file=sys.stderr)
     findings = {
         "interrupted": interrupted,
-        "refill_limit": limit,
+        "static_steps": static,
+        "fewest_steps": fewest,
         "modes": [
             {**asdict(one.summary), "mode": mode, "steps": one.steps, "tokens_per_step": one.tokens_per_step}
             for mode, one in measured.items()
@@ -326,20 +319,24 @@ def _ratio(one: Measured, other: Measured | None) -> float | None:
     return one.summary.output_tokens_per_s / other.summary.output_tokens_per_s
 
 
-def conclusions(plan: Plan, by_mode: Mapping[str, Measured], limit: float) -> list[str]:
-    """What continuous batching gained over static, beside what it could gain."""
+def conclusions(plan: Plan, by_mode: Mapping[str, Measured], static_steps: int, fewest_steps: int) -> list[str]:
+    """What continuous batching gained over static, beside the steps that it saved and those that it could save.
+
+    Refilling alone cannot gain more than it saves steps: a fuller step takes no less time than an emptier one, and the
+    prompts are the same work in both.
+    """
+    could = f"{static_steps:,} to {fewest_steps:,}, or {static_steps / fewest_steps:.2f} times fewer"
     continuous, static = by_mode.get("continuous"), by_mode.get("static")
-    could = f"answers of these lengths allow {limit:.2f} times at most"
-    if continuous is None or static is None:
-        return [f"Refilling the places of static batches: {could}."]
+    lines = [f"Refilling the places of static batches could lower the steps for these answers from {could}."]
+    if continuous is None or static is None or not continuous.steps or len(continuous.runs) != len(static.runs):
+        return lines
     if not isinstance(plan.level, ClosedLoop):
         return ["The rate of requests decides the throughput of every mode that keeps up: compare TTFT and latency."]
-    gain = _ratio(continuous, static)
-    lines = [f"Continuous batching gives {output.figure(gain)} times the output tok/s of static; {could}."]
-    if continuous.steps:
-        lines.append(f"In steps: {static.steps:,} to {continuous.steps:,}, or {static.steps / continuous.steps:.2f}.")
-    if gain is not None and gain > 1.02 * limit:
-        lines.append("More than refilling can give: something else, such as other load on this machine, differed.")
+    gain, saved = _ratio(continuous, static), static.steps / continuous.steps
+    did = f"{static.steps:,} to {continuous.steps:,}, or {saved:.2f} times fewer"
+    lines.append(f"Continuous batching lowered them from {did}, and gave {output.figure(gain)} times the output tok/s.")
+    if gain is not None and gain > 1.02 * saved:
+        lines.append("That is more than fewer steps explain: something else differed, such as the machine's load.")
     return lines
 
 

@@ -2,13 +2,14 @@ import random
 import statistics
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench import batching, batching_run
 from bench.arrivals import ClosedLoop, OpenLoop
-from bench.batching import Measured, conclusions, draw_length, refill_limit, refilled_steps, static_steps
+from bench.batching import Measured, conclusions, draw_length, refilled_steps, static_steps
 from bench.batching_run import Work, work_done
 from bench.client import Server
 from bench.measure import RequestRecord, Run, summarize
@@ -132,13 +133,7 @@ def test_refilled_places_go_to_the_next_answer_as_soon_as_one_ends() -> None:
     assert refilled_steps([3, 4], 1) == 7
     assert refilled_steps([3, 4], 9) == 4
     assert refilled_steps([2, 2, 2, 2], 2) == 4
-
-
-def test_the_limit_is_the_ratio_of_steps_over_all_repeats() -> None:
-    assert refill_limit([[5, 1, 1, 1, 2, 9]], 2, 2) == pytest.approx(15 / 14)
-    assert refill_limit([[8, 1, 1, 1], [1, 1, 1, 1]], 4, 4) == pytest.approx(9 / 9)
-    assert refill_limit([[8, 1, 8, 1, 8, 1], [4, 4]], 2, 3) == pytest.approx((24 + 4) / (10 + 4))
-    assert refill_limit([[7] * 8], 4, 4) == 1  # equal answers leave nothing to refill
+    assert refilled_steps([8, 1, 8, 1, 8, 1], 3) == 10
 
 
 def test_refilling_never_takes_more_steps_than_static_batches() -> None:
@@ -158,29 +153,34 @@ def measured(rate: float, steps: int) -> Measured:
     return Measured([run], summarize([run]), steps, 100 / steps)
 
 
-def test_the_gain_is_told_beside_its_limit() -> None:
-    lines = conclusions(plan(), {"static": measured(40, 210), "continuous": measured(70, 100)}, 2.1)
-    assert lines == [
-        "Continuous batching gives 1.75 times the output tok/s of static; answers of these lengths allow 2.10 times "
-        "at most.",
-        "In steps: 210 to 100, or 2.10.",
+COULD = (
+    "Refilling the places of static batches could lower the steps for these answers from 215 to 98, or 2.19 times "
+    "fewer."
+)
+
+
+def test_the_gain_is_told_beside_the_steps_that_were_and_could_be_saved() -> None:
+    assert conclusions(plan(), {"static": measured(40, 210), "continuous": measured(70, 100)}, 215, 98) == [
+        COULD,
+        "Continuous batching lowered them from 210 to 100, or 2.10 times fewer, and gave 1.75 times the output tok/s.",
     ]
 
 
-def test_a_gain_above_the_limit_is_called_in_question() -> None:
-    lines = conclusions(plan(), {"static": measured(40, 210), "continuous": measured(90, 100)}, 2.1)
-    assert lines[-1].startswith("More than refilling can give")
-    assert "2.25 times" in lines[0]
+def test_a_gain_that_fewer_steps_do_not_explain_is_called_in_question() -> None:
+    lines = conclusions(plan(), {"static": measured(40, 210), "continuous": measured(90, 100)}, 215, 98)
+    assert "2.25 times the output tok/s" in lines[1]
+    assert lines[2].startswith("That is more than fewer steps explain")
 
 
-def test_without_both_modes_only_the_limit_is_told() -> None:
-    assert conclusions(plan(), {"continuous": measured(70, 100)}, 2.1) == [
-        "Refilling the places of static batches: answers of these lengths allow 2.10 times at most."
-    ]
+def test_without_both_modes_only_what_could_be_saved_is_told() -> None:
+    one = measured(70, 100)
+    assert conclusions(plan(), {"continuous": one}, 215, 98) == [COULD]
+    more = replace(one, runs=[*one.runs, *one.runs])  # Ctrl-C came before the second repeat of the other
+    assert conclusions(plan(), {"static": more, "continuous": one}, 215, 98) == [COULD]
 
 
 def test_in_an_open_loop_throughput_is_no_conclusion() -> None:
-    (line,) = conclusions(plan("--rate", "2"), {"static": measured(1, 1), "continuous": measured(1, 1)}, 2.1)
+    (line,) = conclusions(plan("--rate", "2"), {"static": measured(1, 1), "continuous": measured(1, 1)}, 9, 3)
     assert "compare TTFT and latency" in line
 
 
@@ -240,7 +240,9 @@ def test_each_mode_is_measured_on_a_server_of_its_own(bench: Bench, capsys: pyte
         assert (mode["requests"], mode["failed"], mode["output_tokens"]) == (4, 0, tokens)
         assert mode["steps"] == pytest.approx(tokens / 2, abs=1)  # the metrics are cut to whole steps
         assert mode["tokens_per_step"] == pytest.approx(2, rel=0.2)
-    assert outcome.report["refill_limit"] == refill_limit(made.answers(), 2, 2)
+    (lengths,) = made.answers()
+    assert outcome.report["static_steps"] == static_steps(lengths, 2)
+    assert outcome.report["fewest_steps"] == refilled_steps(lengths, 2)
     assert not outcome.report["interrupted"]
     shown = capsys.readouterr().out
     assert shown.startswith(made.title)
@@ -248,7 +250,7 @@ def test_each_mode_is_measured_on_a_server_of_its_own(bench: Bench, capsys: pyte
     assert list(rows) == [*batching.MODES]
     assert all(len(row) == 10 for row in rows.values())
     assert rows["none"][3] == "1.00"
-    assert "Continuous batching gives" in shown
+    assert "Refilling the places of static batches could lower" in shown
     assert all(f"<!-- {text} -->" in bench.drawn for text in (made.title, "Throughput", *batching.MODES))
 
 
