@@ -263,6 +263,13 @@ def test_what_is_sent_is_the_load_after_one_whole_batch_to_warm_up(bench: Bench)
     assert all(body["ignore_eos"] and body["temperature"] == 0 for body in bench.fake.bodies)
 
 
+def test_every_repeat_has_its_own_requests(bench: Bench) -> None:
+    bench.run("--modes", "static", "--repeats", "2")
+    made = plan(*SMALL, "--repeats", "2")
+    sent = [Prompt(body["prompt"], body["max_tokens"]) for body in bench.fake.bodies]
+    assert sorted(sent[2:6] + sent[8:], key=str) == sorted(made.prompts(0) + made.prompts(1), key=str)
+
+
 def test_failed_requests_are_told_and_make_the_exit_code_1(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     bench.fake.broken = frozenset({3})
     outcome = bench.run("--modes", "continuous")

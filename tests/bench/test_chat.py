@@ -91,6 +91,16 @@ def test_answers_are_compared_turn_by_turn() -> None:
     assert equal_answers({"one": mine, "two": mine}) == (3, 3)
 
 
+def test_the_ratio_is_how_many_times_longer_one_waits_without_the_cache() -> None:
+    cached, uncached = TurnSummary(1, 100, 64, 0, 20.0, 30.0), TurnSummary(1, 100, 0, 64, 50.0, 60.0)
+    assert chat._table({"a": [cached], "b": [uncached]}).split("\n")[-1].split() == [
+        *("1", "100"),
+        *("36", "20.00", "30.00"),
+        *("100", "50.00", "60.00"),
+        "2.5",
+    ]
+
+
 # conversations held
 
 

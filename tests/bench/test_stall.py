@@ -16,8 +16,8 @@ from tests.bench.fake_openai import FakeServer, serving
 
 # what follows from the moments at which tokens came
 
-STEADY = [8.0, 8.5, 9.0, 9.5, 10.0]
-"""Before the prompt, which is sent at 10."""
+STEADY = [8.0, 8.9, 9.0, 9.5, 10.0]
+"""Before the prompt, which is sent at 10: steady for the last second only."""
 
 
 def test_a_gap_belongs_to_the_time_in_which_its_middle_lies() -> None:
@@ -39,7 +39,7 @@ def test_a_stall_ends_with_the_prompt_s_first_token_though_the_streams_get_their
 def test_repeats_and_streams_are_pooled() -> None:
     chunked = Intrusion([[*STEADY, 11.0, 12.0, 14.0], [*STEADY, 11.0, 12.0, 14.0]], sent=10.0, answered=14.0)
     faster = Intrusion([[*STEADY, 12.0], [*STEADY, 12.0]], sent=10.0, answered=12.0)
-    found = summarize_stall([chunked, faster], quiet=2.0)
+    found = summarize_stall([chunked, faster], quiet=1.0)
     # Eight gaps, 1 1 2 s in each of two streams and 2 s in each of two: the largest of eight is at 100%.
     assert found == Stall(500, 500, 2000, 2000, tokens=2, ttft=3000)
 
