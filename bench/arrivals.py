@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 
+from bench import flags
 from engine.errors import ConfigError
 
 Send = Callable[[int, float | None], Coroutine[None, None, None]]
@@ -91,29 +92,18 @@ def arrival_moments(rate: float, seed: str, burstiness: float = 1.0) -> Iterator
 
 def parse_concurrency(text: str) -> list[ClosedLoop]:
     """Levels from a list like ``1,8,32,inf``. Raises ConfigError."""
-    return [ClosedLoop(None if item == "inf" else _whole(item)) for item in _items(text, "--concurrency")]
+    flag = "--concurrency"
+    return [
+        ClosedLoop(None if item == "inf" else flags.whole_number(item, flag, others=" or inf"))
+        for item in flags.items(text, flag)
+    ]
 
 
 def parse_rate(text: str, burstiness: float) -> list[OpenLoop]:
     """Levels from a list of rates in requests per second like ``0.5,2``. Raises ConfigError."""
     if not burstiness > 0 or math.isinf(burstiness):
         raise ConfigError(f"--burstiness must be a positive number, not {burstiness:g}")
-    return [OpenLoop(_positive(item), burstiness) for item in _items(text, "--rate")]
-
-
-def _items(text: str, flag: str) -> list[str]:
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    if not items:
-        raise ConfigError(f"{flag} needs at least one value")
-    if len(set(items)) < len(items):
-        raise ConfigError(f"{flag} {text} names a level twice; --repeats measures a level more than once")
-    return items
-
-
-def _whole(item: str) -> int:
-    if not (item.isascii() and item.isdigit() and int(item) > 0):
-        raise ConfigError(f"--concurrency takes positive whole numbers or inf, not {item!r}")
-    return int(item)
+    return [OpenLoop(_positive(item), burstiness) for item in flags.items(text, "--rate")]
 
 
 def _positive(item: str) -> float:

@@ -10,6 +10,7 @@ import multiprocessing
 from multiprocessing.connection import Connection
 from typing import cast
 
+from bench import loop
 from bench.extras import require
 
 _EVENT = (
@@ -110,12 +111,8 @@ def _serve(pipe: Connection, tokens: int, interval: float) -> None:
     """The server process: sends its port, then serves until it is terminated."""
 
     async def main() -> None:
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: _Answering(tokens, interval), "127.0.0.1", 0)
+        server = await asyncio.get_running_loop().create_server(lambda: _Answering(tokens, interval), "127.0.0.1", 0)
         pipe.send(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 
-    from bench.load_test import event_loop_factory
-
-    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
-        runner.run(main())
+    loop.run(main())

@@ -5,25 +5,21 @@ computed; without, everything is, and the time to the first token grows with eve
 """
 
 import argparse
-import asyncio
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from bench import local_server, output
-from bench.arrivals import ClosedLoop
+from bench import flags, local_server, output
 from bench.extras import require
 from bench.measure import percentile
 from bench.prompts import Lengths, RandomWords
-from engine.errors import OctavoError
 
 if TYPE_CHECKING:
     from bench.conversation import Script, Turn
 
-CACHED, UNCACHED = "prefix caching", "no prefix caching"
-SERVERS = {CACHED: ["--prefix-caching"], UNCACHED: ["--no-prefix-caching"]}
+SERVERS = {"prefix caching": ["--prefix-caching"], "no prefix caching": ["--no-prefix-caching"]}
 """The servers that are compared, by label, and what sets them apart."""
 
 
@@ -35,8 +31,15 @@ class TurnSummary:
     prompt_tokens: float
     """Mean, as is ``cached_tokens``."""
     cached_tokens: float
+    most_repeated: int
+    """The most tokens of the turns before, answers included, that a conversation's cache lacked: computed once more."""
     ttft_p50: float
     ttft_max: float
+
+    @property
+    def computed_tokens(self) -> float:
+        """Prompt tokens that were not found in the cache."""
+        return self.prompt_tokens - self.cached_tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,10 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--question-len", type=int, default=32, help="words of each question (default: %(default)s)")
     group.add_argument("--answer-len", type=int, default=64, help="tokens of each answer (default: %(default)s)")
-    group.add_argument("--timeout", type=float, default=600.0, help="seconds per answer (default: %(default)g)")
     group.add_argument("--seed", type=int, default=0, help="of the words (default: %(default)s)")
-    local_server.add_arguments(parser)
-    parser.add_argument("--base-url", help="measure this one running server, as it is, instead of two of our own")
+    local_server.add_arguments(parser, base_url="measure this one running server, as it is, instead of two of our own")
     output.add_arguments(parser, plot="the time to the first token, turn by turn")
 
 
@@ -69,22 +70,22 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ConfigError for settings that cannot work, OctavoError when a server fails.
     """
-    output.at_least(args, 1, "conversations", "turns", "concurrency", "system_len", "question_len", "answer_len")
-    server_flags = local_server.flags_of(args)
-    require("aiohttp", *(["matplotlib"] if args.plot else []))
-    held: dict[str, list[list[Turn]]] = {}
-    try:
-        if args.base_url:
-            held[args.base_url] = _hold(args.base_url, args.base_url, args)
-        else:
-            for label, flags in SERVERS.items():
-                with local_server.local_server([*server_flags, *flags], args.port) as url:
-                    held[label] = _hold(label, url, args)
-    except KeyboardInterrupt:
-        print("interrupted; a server whose conversations were not all held is left out", file=sys.stderr)
-        return 130
-    _report(args, held)
-    return 0
+    local_server.check(args)
+    flags.at_least(args, 1, "conversations", "turns", "concurrency", "system_len", "question_len", "answer_len")
+    require("aiohttp")
+    output.check(args)
+    from bench import conversation, loop
+    from bench.client import Server
+
+    def hold(label: str, url: str) -> "list[list[Turn]]":
+        server = Server(url, "chat", timeout=args.timeout)
+        settings = {"answer_len": args.answer_len, "concurrency": args.concurrency}
+        return loop.run(conversation.hold_all(server, scripts(args), label=label, **settings))
+
+    held, interrupted = local_server.measure_each(args, SERVERS.items(), hold)
+    if held:
+        _report(args, dict(held), interrupted)
+    return output.INTERRUPTED if interrupted else 0
 
 
 def scripts(args: argparse.Namespace) -> "list[Script]":
@@ -101,50 +102,33 @@ def scripts(args: argparse.Namespace) -> "list[Script]":
     ]
 
 
-def _hold(label: str, url: str, args: argparse.Namespace) -> "list[list[Turn]]":
-    """Every conversation's turns."""
-    from bench.client import Client, Server
-    from bench.conversation import Script, converse
-    from bench.load_test import event_loop_factory
-    from bench.progress import progress
-
-    server = Server(url, "chat", timeout=args.timeout)
-    turns: list[list[Turn]] = [[] for _ in range(args.conversations)]
-    failures: list[OctavoError] = []
-
-    async def hold() -> None:
-        async with Client(server) as client:
-            model = await client.model()
-            await converse(client, server, model, Script("Be brief.", ["warm up"]), 2, lambda: None)
-            with progress(label, args.conversations * args.turns, "turn") as bar:
-                planned = scripts(args)
-
-                async def send(index: int, _: float | None) -> None:
-                    try:
-                        turns[index] = await converse(
-                            client, server, model, planned[index], args.answer_len, bar.update
-                        )
-                    except OctavoError as error:  # a closed loop's users must not raise
-                        failures.append(error)
-
-                await ClosedLoop(args.concurrency).drive(send, args.conversations, "")
-
-    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
-        runner.run(hold())
-    if failures:
-        raise failures[0]
-    return turns
-
-
 def summarize_turns(conversations: "Sequence[Sequence[Turn]]") -> list[TurnSummary]:
     """One summary per turn, over all conversations."""
     summaries = []
-    for number, turns in enumerate(zip(*conversations, strict=True), start=1):
+    for index, turns in enumerate(zip(*conversations, strict=True)):
         times = sorted(turn.ttft * 1e3 for turn in turns)
-        prompt = sum(turn.prompt_tokens for turn in turns) / len(turns)
-        cached = sum(turn.cached_tokens for turn in turns) / len(turns)
-        summaries.append(TurnSummary(number, prompt, cached, percentile(times, 50), times[-1]))
+        summaries.append(
+            TurnSummary(
+                turn=index + 1,
+                prompt_tokens=_mean([turn.prompt_tokens for turn in turns]),
+                cached_tokens=_mean([turn.cached_tokens for turn in turns]),
+                most_repeated=max(_repeated(conversation, index) for conversation in conversations),
+                ttft_p50=percentile(times, 50),
+                ttft_max=times[-1],
+            )
+        )
     return summaries
+
+
+def _repeated(conversation: "Sequence[Turn]", index: int) -> int:
+    if index == 0:
+        return 0
+    before = conversation[index - 1]
+    return max(0, before.prompt_tokens + before.output_tokens - conversation[index].cached_tokens)
+
+
+def _mean(values: Sequence[int]) -> float:
+    return sum(values) / len(values)
 
 
 def equal_answers(held: "Mapping[str, Sequence[Sequence[Turn]]]") -> tuple[int, int]:
@@ -153,56 +137,61 @@ def equal_answers(held: "Mapping[str, Sequence[Sequence[Turn]]]") -> tuple[int, 
     return sum(len(set(same)) == 1 for same in zip(*answers, strict=True)), len(answers[0])
 
 
-def _report(args: argparse.Namespace, held: "Mapping[str, Sequence[Sequence[Turn]]]") -> None:
+def _report(args: argparse.Namespace, held: "Mapping[str, Sequence[Sequence[Turn]]]", interrupted: bool) -> None:
     summaries = {label: summarize_turns(conversations) for label, conversations in held.items()}
     title = (
         f"{args.conversations} conversations, {args.concurrency} at a time, system prompts of {args.system_len} words"
     )
-    print(f"{title}\n\n{_table(summaries)}")
+    print(f"{title}\n\n{_table(summaries)}\n")
+    for label, turns in summaries.items():
+        if len(turns) > 1:
+            most = max(turn.most_repeated for turn in turns)
+            print(f"{label}: up to {most:,} tokens of the turns before were computed again.")
     if len(held) > 1:
         equal, total = equal_answers(held)
-        print(f"\n{equal} of {total} answers are the same with and without the cache.")
-    findings: dict[str, Any] = {
+        print(f"{equal} of {total} answers are the same with both servers.")
+    findings = {
+        "interrupted": interrupted,
         "servers": [
-            {"label": label, "turns": [asdict(turn) for turn in summaries[label]], "conversations": _plain(turns)}
-            for label, turns in held.items()
-        ]
+            {
+                "label": label,
+                "turns": [asdict(turn) for turn in summaries[label]],
+                "conversations": [[asdict(turn) for turn in turns] for turns in conversations],
+            }
+            for label, conversations in held.items()
+        ],
     }
     contents = output.document("chat", add_arguments, args, findings)
-    output.save(args, contents, lambda path: _draw(path, summaries, title))
-
-
-def _plain(conversations: "Sequence[Sequence[Turn]]") -> list[list[dict[str, Any]]]:
-    return [[asdict(turn) for turn in turns] for turns in conversations]
+    output.save(args, contents, partial(_draw, summaries=summaries, title=title))
 
 
 def _table(summaries: Mapping[str, Sequence[TurnSummary]]) -> str:
-    """A row per turn; the cache's columns are the first server's, whose cache is on."""
-    head = ["turn", "prompt\ntokens", "cached\ntokens", "of\nprompt"]
+    """A row per turn."""
+    head = ["turn", "prompt\ntokens"]
     for label in summaries:
-        head += [f"{label}\nTTFT p50 ms", "\nmax ms"]
+        head += [f"{label}:\ncomputed", "TTFT\np50 ms", "\nmax ms"]
     if len(summaries) > 1:
         head.append("p50\nratio")
     rows = []
     for turns in zip(*summaries.values(), strict=True):
-        first = turns[0]
-        row = [str(first.turn), f"{first.prompt_tokens:.0f}", f"{first.cached_tokens:.0f}"]
-        row.append(f"{first.cached_tokens / first.prompt_tokens:.0%}")
+        row = [str(turns[0].turn), f"{turns[0].prompt_tokens:,.0f}"]
         for turn in turns:
-            row += [output.figure(turn.ttft_p50), output.figure(turn.ttft_max)]
+            row += [f"{turn.computed_tokens:,.0f}", output.figure(turn.ttft_p50), output.figure(turn.ttft_max)]
         if len(turns) > 1:
-            row.append(f"{turns[-1].ttft_p50 / first.ttft_p50:.1f}")
+            row.append(f"{turns[-1].ttft_p50 / turns[0].ttft_p50:.1f}")
         rows.append(row)
     return output.table(head, rows)
 
 
 def _draw(path: str, summaries: Mapping[str, Sequence[TurnSummary]], title: str) -> None:
-    from bench.figures import AMBER, BLUE, picture
+    from bench.figures import AMBER, BLUE, GREY, picture
 
     with picture(path, 1, title=title, width=7.5) as (axes,):
         for (label, turns), color in zip(summaries.items(), (BLUE, AMBER), strict=False):
             numbers = [turn.turn for turn in turns]
             axes.plot(numbers, [turn.ttft_p50 for turn in turns], "o-", color=color, linewidth=2, label=label)
-        axes.set(title="Time to first token, median", xlabel="turn", ylabel="ms", xticks=numbers)
+            axes.plot(numbers, [turn.ttft_max for turn in turns], "_", color=color, markersize=9, markeredgewidth=1.6)
+        axes.plot([], [], "_", color=GREY, markersize=9, markeredgewidth=1.6, label="slowest conversation")
+        axes.set(title="Time to first token, median of the conversations", xlabel="turn", ylabel="ms", xticks=numbers)
         axes.set_ylim(bottom=0)
-        axes.legend(loc="upper left")
+        axes.legend(loc="best")

@@ -12,7 +12,7 @@ import aiohttp
 
 from bench.measure import RequestRecord
 from bench.sse import SSEParser, Stream, error_message
-from engine.errors import ConfigError
+from engine.errors import ConfigError, OctavoError
 
 ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
@@ -75,6 +75,20 @@ class Client:
         """Post ``body`` and fill ``record`` in: times and counts, or the error. Raises only when cancelled."""
         stream = Stream()
         record.start = time.perf_counter()
+        await self._post(body, stream)
+        _conclude(record, stream)
+
+    async def follow(self, body: bytes, stream: Stream) -> None:
+        """Post ``body`` and feed ``stream`` as the events arrive; cancelling this hangs up, which ends the request.
+
+        Raises OctavoError when the answer is an error, breaks off, or carries no token.
+        """
+        await self._post(body, stream)
+        if stream.error is not None:
+            raise OctavoError(f"{self._server.url}: {stream.error}")
+
+    async def _post(self, body: bytes, stream: Stream) -> None:
+        """Post ``body`` and drain the answer into ``stream``; whatever goes wrong is ``stream.error``."""
         try:
             async with self.session.post(self._server.url, data=body) as response:
                 if response.status == 200:
@@ -85,7 +99,22 @@ class Client:
             stream.error = f"no complete answer within {self._server.timeout:g} s"
         except aiohttp.ClientError as error:
             stream.error = _connection_error(error)
-        _conclude(record, stream)
+        if stream.error is None and not stream.chunk_times:
+            stream.error = "the answer holds no streamed token"
+        elif stream.error is None and not (stream.finished or stream.done):
+            stream.error = "the stream ended without a finish reason"
+
+    async def page(self, path: str) -> str:
+        """The text of a page of the server, such as ``/metrics``. Raises OctavoError when there is none."""
+        url = self._server.root + path
+        try:
+            async with self.session.get(url) as response:
+                text = await response.text()
+                if response.status != 200:
+                    raise OctavoError(f"{url} answered HTTP {response.status}")
+                return text
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise OctavoError(f"{url}: {_connection_error(error)}") from None
 
     async def model(self) -> str:
         """The first model that ``/v1/models`` lists. Raises ConfigError when there is none to be had."""
@@ -125,10 +154,6 @@ async def _read(response: aiohttp.ClientResponse, stream: Stream) -> None:
 
 def _conclude(record: RequestRecord, stream: Stream) -> None:
     record.chunk_times, record.last, record.error = stream.chunk_times, stream.last, stream.error
-    if record.error is None and not stream.chunk_times:
-        record.error = "the answer holds no streamed token"
-    elif record.error is None and not (stream.finished or stream.done):
-        record.error = "the stream ended without a finish reason"
     if record.error is not None:
         record.last = time.perf_counter()
     usage = stream.usage or {}

@@ -1,4 +1,4 @@
-"""A conversation as a chat client holds it: every turn sends the whole past again, with the server's own answers."""
+"""Conversations as a chat client holds them: every turn sends the whole past again, with the server's own answers."""
 
 import json
 import time
@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.arrivals import ClosedLoop
 from bench.client import Client, Server
-from bench.live import follow
+from bench.driving import GREEDY
+from bench.progress import progress
 from bench.sse import Stream
 from engine.errors import OctavoError
 
@@ -22,14 +24,15 @@ class Script:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One question and its answer."""
+    """One question and its answer; tokens by the server's count."""
 
     ttft: float
     """Seconds from sending to the first token."""
     prompt_tokens: int
-    """The whole past with the new question, by the server's count."""
+    """The whole past with the new question."""
     cached_tokens: int
     """How many of them the server had in its prefix cache."""
+    output_tokens: int
     answer: str
 
 
@@ -44,38 +47,62 @@ class _Answer(Stream):
         super().take(event, now)
         if event != b"[DONE]" and self.error is None:
             for choice in json.loads(event).get("choices", ()):
-                self.pieces.append(choice["delta"].get("content") or "")
+                self.pieces.append(choice.get("delta", {}).get("content") or "")
 
 
-async def converse(
-    client: Client, server: Server, model: str, script: Script, answer_len: int, on_turn: Callable[[], object]
+async def hold_all(
+    server: Server, scripts: Sequence[Script], *, answer_len: int, concurrency: int, label: str
+) -> list[list[Turn]]:
+    """The turns of every conversation, ``concurrency`` of which are held at a time, after one that is not measured.
+
+    Raises OctavoError when a turn fails.
+    """
+    held: list[list[Turn]] = [[] for _ in scripts]
+    failures: list[OctavoError] = []
+    async with Client(server) as client:
+        model = await client.model()
+        await _hold(client, model, Script("Be brief.", ["warm up"]), 2, lambda: None)
+        with progress(label, sum(len(script.questions) for script in scripts), "turn") as bar:
+
+            async def send(index: int, _: float | None) -> None:
+                try:
+                    held[index] = await _hold(client, model, scripts[index], answer_len, bar.update)
+                except OctavoError as error:  # a closed loop's users must not raise
+                    failures.append(error)
+
+            await ClosedLoop(concurrency).drive(send, len(scripts), "")
+    if failures:
+        raise failures[0]
+    return held
+
+
+async def _hold(
+    client: Client, model: str, script: Script, answer_len: int, on_turn: Callable[[], object]
 ) -> list[Turn]:
-    """Hold one conversation, with answers of exactly ``answer_len`` tokens. Raises OctavoError when a turn fails."""
     messages = [{"role": "system", "content": script.system}]
     turns = []
     for question in script.questions:
         messages.append({"role": "user", "content": question})
-        turn = await _ask(client, server, model, messages, answer_len)
+        turn = await _ask(client, model, messages, answer_len)
         messages.append({"role": "assistant", "content": turn.answer})
         turns.append(turn)
         on_turn()
     return turns
 
 
-async def _ask(client: Client, server: Server, model: str, messages: Sequence[dict[str, str]], answer_len: int) -> Turn:
-    body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": answer_len, "temperature": 0.0}
-    body |= {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
-    posted = json.dumps(body).encode()
+async def _ask(client: Client, model: str, messages: Sequence[dict[str, str]], answer_len: int) -> Turn:
+    """The next turn, its answer ``answer_len`` tokens long."""
+    body = json.dumps({**GREEDY, "model": model, "messages": messages, "max_tokens": answer_len}).encode()
     answer = _Answer()
     start = time.perf_counter()
-    await follow(client, server, posted, answer)
-    usage = answer.usage or {}
+    await client.follow(body, answer)
+    usage: dict[str, Any] = answer.usage or {}
     if "prompt_tokens" not in usage:
-        raise OctavoError(f"{server.url} gave no usage, so nothing is known of its cache")
-    details = usage.get("prompt_tokens_details") or {}
+        raise OctavoError("the server gives no usage, so nothing is known of its cache")
     return Turn(
-        answer.chunk_times[0] - start,
-        usage["prompt_tokens"],
-        details.get("cached_tokens") or 0,
-        "".join(answer.pieces),
+        ttft=answer.chunk_times[0] - start,
+        prompt_tokens=usage["prompt_tokens"],
+        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+        output_tokens=usage["completion_tokens"],
+        answer="".join(answer.pieces),
     )

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -20,8 +21,10 @@ _LEAST_MS = 0.05
 
 
 @contextmanager
-def picture(path: str, columns: int, *, title: str, width: float = 13, share_y: bool = False) -> Iterator[list[Axes]]:
-    """A row of empty axes to draw in; written to ``path`` when the block ends, in the format that its ending names.
+def picture(path: str, columns: int, *, title: str, width: float = 13, shared: bool = False) -> Iterator[list[Axes]]:
+    """A row of empty axes to draw in, all of one scale if ``shared``.
+
+    It is written to ``path`` when the block ends, in the format that its ending names.
 
     Raises OSError or ValueError (unknown format).
     """
@@ -47,8 +50,13 @@ def picture(path: str, columns: int, *, title: str, width: float = 13, share_y: 
     with mpl.rc_context(style):
         drawn = Figure(figsize=(width, 4.4), layout="constrained")  # without pyplot: no window system is touched
         drawn.suptitle(title, x=0.008, ha="left", fontsize=13, fontweight="bold")
-        yield list(drawn.subplots(1, columns, squeeze=False, sharey=share_y)[0])
-        drawn.savefig(path, dpi=150)
+        yield list(drawn.subplots(1, columns, squeeze=False, sharex=shared, sharey=shared)[0])
+        drawn.savefig(path, dpi=120)
+
+
+def formats() -> list[str]:
+    """The endings of files that can be drawn."""
+    return sorted(Figure().canvas.get_supported_filetypes())
 
 
 def shades(count: int) -> list[tuple[float, ...]]:
@@ -73,9 +81,15 @@ def cumulative(axes: Axes, samples: Mapping[str, Sequence[float]], colors: Seque
     axes.set_xscale("log")
     if highest > 0:
         axes.set_xlim(lowest / 1.15, highest * 1.15)
-    steps = (1.0,) if highest > 50 * lowest else (1.0, 2.0, 5.0)
-    axes.xaxis.set_major_locator(LogLocator(subs=steps))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    logarithmic(axes.xaxis)
     axes.set_ylim(0, 100)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
+
+
+def logarithmic(axis: Axis) -> None:
+    """Plain numbers on an axis whose scale is logarithmic and whose limits are set: at 1, 2 and 5 where it is short."""
+    lowest, highest = axis.get_view_interval()
+    steps = (1.0,) if highest > 50 * lowest else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axis.set_minor_formatter(NullFormatter())

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.client import Client, Server
-from bench.driving import bodies
-from bench.live import follow
+from bench.driving import bodies, warm_up
+from bench.progress import progress
 from bench.prompts import Prompt
 from bench.sse import Stream
 from engine.errors import OctavoError
@@ -49,16 +49,32 @@ class Intrusion:
                     yield Gap(later, later - earlier)
 
 
-async def intrude(
-    client: Client, server: Server, model: str, running: Sequence[Prompt], long: Prompt, quiet: float
-) -> Intrusion:
+async def intrude_all(
+    server: Server, running: Sequence[Prompt], prompts: Sequence[Prompt], *, quiet: float, label: str
+) -> list[Intrusion]:
+    """Let the ``prompts`` arrive one after the other, each at streams of its own; the first is a warm-up.
+
+    Raises OctavoError when a request fails.
+    """
+    found = []
+    async with Client(server) as client:
+        model = await client.model()
+        await warm_up(client, prompts[:1], model)
+        with progress(label, len(prompts) - 1, "prompt") as bar:
+            for prompt in prompts[1:]:
+                found.append(await _intrude(client, model, running, prompt, quiet))
+                bar.update()
+    return found
+
+
+async def _intrude(client: Client, model: str, running: Sequence[Prompt], long: Prompt, quiet: float) -> Intrusion:
     """Start the streams, wait ``quiet`` seconds, send the long prompt; half as long after its answer hang up on all.
 
     Raises OctavoError when a request fails, or a stream ends before it should have been stalled.
     """
     streams = [Stream() for _ in running]
     tasks = [
-        asyncio.create_task(follow(client, server, body, stream))
+        asyncio.create_task(client.follow(body, stream))
         for body, stream in zip(bodies(running, model), streams, strict=True)
     ]
     try:
@@ -68,7 +84,7 @@ async def intrude(
         await asyncio.sleep(quiet)
         body, answer = bodies([long], model)[0], Stream()
         sent = time.perf_counter()
-        await follow(client, server, body, answer)
+        await client.follow(body, answer)
         _check(tasks)
         await asyncio.sleep(quiet / 2)
     finally:

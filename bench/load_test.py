@@ -1,23 +1,21 @@
 """Drives a server as a plan says: warms up, runs every level, shows progress, and hands the records to the report."""
 
 import argparse
-import asyncio
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench import loop
 from bench.client import Client, Server
 from bench.driving import recording, send_all, unmeasured
 from bench.measure import Run, Summary, cautions, summarize
-from bench.output import write
+from bench.output import INTERRUPTED, save
 from bench.progress import progress
 from bench.prompts import Prompt, request_body
-from bench.report import document, error_lines, table, write_json
+from bench.report import document, error_lines, table
 from bench.serve import Plan
 from engine.errors import ConfigError, OctavoError
-
-INTERRUPTED = 130
 
 
 @dataclass(slots=True)
@@ -35,8 +33,7 @@ def execute(plan: Plan, args: argparse.Namespace) -> int:
     session = Session()
     failure: OctavoError | None = None
     try:
-        with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
-            runner.run(_measure(plan, args, session))
+        loop.run(_measure(plan, args, session))
     except KeyboardInterrupt:
         session.interrupted = True
     except OctavoError as error:  # perhaps the server died between two runs: what came before still counts
@@ -50,16 +47,6 @@ def execute(plan: Plan, args: argparse.Namespace) -> int:
         print("interrupted" + ("; the figures are of what had ended by then" if runs else ""), file=sys.stderr)
         return INTERRUPTED
     return 1 if any(record.error is not None for run in runs for record in run.records) else 0
-
-
-def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, where it is installed; else None, for asyncio's own."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 async def _measure(plan: Plan, args: argparse.Namespace, session: Session) -> None:
@@ -114,9 +101,11 @@ def _report(plan: Plan, args: argparse.Namespace, session: Session, runs: Sequen
             print(f"note, {label}: {caution}")
     for line in error_lines(runs):
         print(line, file=sys.stderr)
-    if args.json:
-        write(args.json, lambda path: write_json(path, document(args, session, plan.objective, summaries, runs)))
-    if args.plot:
-        from bench.plot import draw  # matplotlib takes half a second to import
+    contents = document(args, session, plan.objective, summaries, runs)
+    save(args, contents, lambda path: _draw(path, by_level, args.label or session.model))
 
-        write(args.plot, lambda path: draw(path, by_level, title=args.label or session.model))
+
+def _draw(path: str, by_level: Mapping[str, Sequence[Run]], title: str) -> None:
+    from bench.plot import draw  # matplotlib takes half a second to import
+
+    draw(path, by_level, title=title)

@@ -1,41 +1,45 @@
 """What the measuring commands share in showing and keeping their findings: a table, a JSON document, a file written."""
 
 import argparse
+import json
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+from bench.extras import require
 from bench.invocation import Declare, command_line, public_arguments
-from bench.report import FORMAT_VERSION, machine, write_json
 from engine.errors import ConfigError, OctavoError
 
+FORMAT_VERSION = 1
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
 
-def add_arguments(parser: argparse.ArgumentParser, *, plot: str) -> None:
-    """Declare --json and --plot; ``plot`` says what the picture shows."""
+
+def add_arguments(parser: argparse.ArgumentParser, *, plot: str) -> argparse._ArgumentGroup:
+    """Declare --json and --plot; ``plot`` says what the picture shows. Returns their group, for more flags."""
     group = parser.add_argument_group("report")
     group.add_argument("--json", metavar="FILE", help="write everything measured, with the command, as JSON")
     group.add_argument("--plot", metavar="FILE", help=f"draw {plot}")
+    return group
 
 
-def at_least(args: argparse.Namespace, least: float, *names: str) -> None:
-    """Check that numeric settings are not below ``least``. Raises ConfigError, naming the flag."""
-    for name in names:
-        value = getattr(args, name)
-        if not value >= least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least:g}, not {value:g}")
+def check(args: argparse.Namespace) -> None:
+    """Find out before an hour's measuring whether its findings can be kept. Raises ConfigError, naming the flag."""
+    for flag, path in (("--json", args.json), ("--plot", args.plot)):
+        folder = Path(path or "").absolute().parent
+        if not folder.is_dir():
+            raise ConfigError(f"{flag} {path}: there is no folder {folder}")
+    if args.plot:
+        require("matplotlib")
+        from bench.figures import formats
 
-
-def whole_numbers(text: str, flag: str) -> list[int]:
-    """A list such as ``64,256``: positive whole numbers, none twice. Raises ConfigError."""
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    if not items or len(set(items)) < len(items):
-        raise ConfigError(f"{flag} takes different numbers with commas between them, not {text!r}")
-    for item in items:
-        if not (item.isascii() and item.isdigit() and int(item) > 0):
-            raise ConfigError(f"{flag} takes positive whole numbers, not {item!r}")
-    return [int(item) for item in items]
+        ending = Path(args.plot).suffix.removeprefix(".").lower()
+        if ending not in formats():
+            raise ConfigError(f"--plot {args.plot}: the name must end in one of {', '.join(formats())}")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -61,6 +65,21 @@ def figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
+def circumstances(command: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """How and when findings came about, ready for JSON."""
+    return {
+        "format": FORMAT_VERSION,
+        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "arguments": dict(arguments),
+        "versions": {
+            "octavo": _version("octavo"),
+            "aiohttp": _version("aiohttp"),
+            "python": platform.python_version(),
+        },
+    }
+
+
 def document(
     name: str,
     declare: Declare,
@@ -70,23 +89,31 @@ def document(
     group: str = "octavo bench",
     files: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The findings and how they came about, ready for JSON; ``files``: which flags name one, beside the report's."""
+    """The findings of a command that runs where the server does, and how they came about, ready for JSON.
+
+    ``files``: which flags name one, beside the report's.
+    """
     arguments = public_arguments(declare, args, ("json", "plot", *files))
-    return {
-        "format": FORMAT_VERSION,
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(name, declare, arguments, group=group),
-        "arguments": arguments,
-        "versions": {"octavo": metadata.version("octavo"), "python": platform.python_version()},
-        "machine": machine(),
-        **findings,
-    }
+    command = command_line(name, declare, arguments, group=group)
+    return {**circumstances(command, arguments), "machine": machine(), **findings}
+
+
+def machine() -> dict[str, Any]:
+    """Where this runs."""
+    return {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def save(args: argparse.Namespace, contents: Mapping[str, Any], draw: Callable[[str], None]) -> None:
     """Write the files that were asked for. Raises OctavoError where one cannot be written."""
     if args.json:
-        write(args.json, lambda path: write_json(path, contents))
+        write(args.json, lambda path: _write_json(path, contents))
     if args.plot:
         write(args.plot, draw)
 
@@ -98,3 +125,9 @@ def write(path: str, fill: Callable[[str], None]) -> None:
     except (OSError, ValueError) as error:
         raise OctavoError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     print(f"wrote {path}")
+
+
+def _write_json(path: str, contents: Mapping[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(contents, file, indent=2)
+        file.write("\n")

@@ -1,20 +1,15 @@
 """What is shown and kept: an aligned table, the distinct errors, and a JSON document that says how it came about."""
 
 import argparse
-import json
-import os
-import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any, Protocol
 
 from bench.measure import METRICS, RequestRecord, Run, Stats, Summary
+from bench.output import circumstances, machine
 from bench.serve import command_line, public_arguments
 
-FORMAT_VERSION = 1
 _NAMES = {"ttft": "TTFT ms", "tpot": "TPOT ms", "itl": "ITL ms", "latency": "latency ms"}
 _STATISTICS = ("mean", "p50", "p90", "p99")
 
@@ -96,16 +91,8 @@ def document(
 ) -> dict[str, Any]:
     """Everything measured and the circumstances, ready for JSON. Nothing in it is secret: the API key is left out."""
     return {
-        "format": FORMAT_VERSION,
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+        **circumstances(command_line(args), public_arguments(args)),
         "label": args.label or findings.model,
-        "command": command_line(args),
-        "arguments": public_arguments(args),
-        "versions": {
-            "octavo": _version("octavo"),
-            "aiohttp": _version("aiohttp"),
-            "python": platform.python_version(),
-        },
         "client_machine": machine(),
         "server": {"base_url": args.base_url, "model": findings.model, "version": findings.server_version},
         "interrupted": findings.interrupted,
@@ -138,22 +125,3 @@ def _request(record: RequestRecord, begin: float) -> dict[str, Any]:
         "output_tokens": record.output_tokens,
         "error": record.error,
     }
-
-
-def machine() -> dict[str, Any]:
-    """Where this runs."""
-    return {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def write_json(path: str, contents: Mapping[str, Any]) -> None:
-    """Write a document to a file. Raises OSError."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(contents, file, indent=2)
-        file.write("\n")

@@ -12,14 +12,15 @@ import math
 import random
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from bench import output
-from bench.extras import require
+from bench import flags, output
 from bench.measure import percentile
+from engine.errors import ConfigError
 from scheduler.batch import ScheduledBatch
 from scheduler.request import Request, StopRule
 from scheduler.scheduler import Scheduler, SchedulerConfig
@@ -27,6 +28,8 @@ from scheduler.scheduler import Scheduler, SchedulerConfig
 BLOCK_SIZE = 16
 PAPERS_WASTE = 0.04
 """PagedAttention's figure: less than this share of the KV memory held no token's state."""
+MOST_SIGMA = 2.0
+"""Of log-normal lengths: with more, single requests would be longer than all others together."""
 
 _TOKEN = 7
 _WARM_STEPS = 2 * BLOCK_SIZE
@@ -89,10 +92,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--places", type=int, default=64, help="of which so many run at a time, at most (default: %(default)s)"
     )
-    memory.add_argument("--input-len", type=int, default=512, help="median prompt, tokens (default: %(default)s)")
-    memory.add_argument("--output-len", type=int, default=256, help="median answer, tokens (default: %(default)s)")
+    memory.add_argument("--input-len", type=int, default=161, help="mean prompt, tokens (default: %(default)s)")
     memory.add_argument(
-        "--sigma", type=float, default=0.8, help="of the lengths' log-normal distribution (default: %(default)g)"
+        "--output-len",
+        type=int,
+        default=338,
+        help="mean answer, tokens (default: %(default)s; as of ShareGPT, in the PagedAttention paper's Fig. 11)",
+    )
+    memory.add_argument(
+        "--sigma", type=float, default=1.0, help="of the lengths' log-normal distribution (default: %(default)g)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of lengths and prompts (default: %(default)s)")
     output.add_arguments(parser, plot="the time of a step over the running sequences")
@@ -100,11 +108,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Time the steps, then weigh the memory. Raises ConfigError for settings that cannot work."""
-    output.at_least(args, 1, "context", "steps", "requests", "places", "input_len", "output_len")
-    output.at_least(args, 0, "sigma")
-    sizes = output.whole_numbers(args.running, "--running")
-    if args.plot:
-        require("matplotlib")
+    flags.at_least(args, 1, "context", "steps", "requests", "places", "input_len", "output_len")
+    if not 0 <= args.sigma <= MOST_SIGMA:
+        raise ConfigError(f"--sigma must be between 0 and {MOST_SIGMA:g}, not {args.sigma:g}")
+    sizes = flags.whole_numbers(args.running, "--running")
+    output.check(args)
     from bench.progress import progress
 
     times = []
@@ -121,7 +129,8 @@ def run(args: argparse.Namespace) -> int:
         "growth_exponent": growth(times),
         "waste": {**asdict(waste), "share": waste.share, "papers_share": PAPERS_WASTE},
     }
-    output.save(args, output.document("scheduler", add_arguments, args, findings), lambda path: _draw(path, times))
+    contents = output.document("scheduler", add_arguments, args, findings)
+    output.save(args, contents, partial(_draw, times=times, context=args.context))
     return 0
 
 
@@ -225,19 +234,28 @@ def mixed_load(args: argparse.Namespace) -> Iterator[Request]:
     """Requests of log-normal lengths, in random order."""
     source = random.Random(f"{args.seed}/mixed")
     for index in range(args.requests):
-        prompt, answer = (
-            max(1, round(source.lognormvariate(math.log(median), args.sigma)))
-            for median in (args.input_len, args.output_len)
-        )
+        prompt, answer = (_draw_length(mean, args.sigma, source) for mean in (args.input_len, args.output_len))
         yield Request(str(index), _prompt(source, prompt), StopRule(max_tokens=answer))
 
 
-def simulate(requests: Iterator[Request], places: int, on_finish: Callable[[int], object]) -> Waste:
-    """Serve all requests, ``places`` at a time, and look at the memory after every step."""
+def _draw_length(mean: int, sigma: float, source: random.Random) -> int:
+    return max(1, round(source.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)))
+
+
+def simulate(requests: Iterable[Request], places: int, on_finish: Callable[[int], object]) -> Waste:
+    """Serve all requests, ``places`` at a time, and look at the memory after every step.
+
+    There is room for the longest of them, and a token of each step for everybody: who holds blocks is in every step.
+    """
     live = list(requests)
     slots = sum(sorted((request.max_num_tokens for request in live), reverse=True)[:places])
     scheduler = Scheduler(
-        SchedulerConfig(num_blocks=slots // BLOCK_SIZE + places, block_size=BLOCK_SIZE, max_num_seqs=places)
+        SchedulerConfig(
+            num_blocks=slots // BLOCK_SIZE + places,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=places,
+            max_num_batched_tokens=max(2048, places),
+        )
     )
     for request in live:
         scheduler.add(request, now=0.0)
@@ -245,11 +263,11 @@ def simulate(requests: Iterator[Request], places: int, on_finish: Callable[[int]
     while scheduler.has_work:
         batch = scheduler.schedule(now=0.0)
         scheduler.update(batch, _sampled(batch))
-        finished = sum(item.sequence.finish_reason is not None for item in batch.items)
-        on_finish(finished)
+        unfinished = [item.sequence for item in batch.items if item.sequence.finish_reason is None]
+        on_finish(len(batch.items) - len(unfinished))
         steps += 1
         held += scheduler.pool.num_used * BLOCK_SIZE
-        filled += sum(item.sequence.num_computed_tokens for item in batch.items if item.sequence.finish_reason is None)
+        filled += sum(sequence.num_computed_tokens for sequence in unfinished)
     return Waste(steps, held, filled, scheduler.counters.preemptions)
 
 
@@ -286,25 +304,31 @@ def _table(times: Sequence[StepTime]) -> str:
 
 def _waste_line(waste: Waste, args: argparse.Namespace) -> str:
     return (
-        f"Mixed load: {args.requests} requests, {args.places} at a time, log-normal lengths about {args.input_len} "
-        f"and {args.output_len} tokens;\n{waste.steps:,} steps, {waste.preemptions} preemptions. {waste.share:.2%} of "
-        f"the slots in allocated blocks of {BLOCK_SIZE} held no token\n(PagedAttention's figure: < {PAPERS_WASTE:.0%})."
+        f"Mixed load: {args.requests} requests, {args.places} at a time, log-normal lengths, {args.input_len} and "
+        f"{args.output_len} tokens on average;\n{waste.steps:,} steps, {waste.preemptions} preemptions. "
+        f"{waste.share:.2%} of the slots in allocated blocks of {BLOCK_SIZE} held no token\n"
+        f"(PagedAttention's figure: < {PAPERS_WASTE:.0%})."
     )
 
 
-def _draw(path: str, times: Sequence[StepTime]) -> None:
-    from bench.figures import AMBER, BLUE, GREY, picture
+def _draw(path: str, times: Sequence[StepTime], context: int) -> None:
+    from bench.figures import AMBER, BLUE, GREY, logarithmic, picture
 
+    times = sorted(times, key=lambda one: one.running)
     sizes = [one.running for one in times]
     lines: Mapping[str, tuple[list[float], str]] = {
-        "p99": ([one.p99 for one in times], AMBER),
-        "median": ([one.p50 for one in times], BLUE),
+        "p99": ([one.p99 / 1e3 for one in times], AMBER),
+        "median": ([one.p50 / 1e3 for one in times], BLUE),
     }
-    with picture(path, 1, title="One step of the scheduler, steady decoding", width=7.5) as (axes,):
+    title = f"One step of the scheduler: decoding, context about {context:,}"
+    with picture(path, 1, title=title, width=7.5) as (axes,):
         for name, (values, color) in lines.items():
             axes.plot(sizes, values, "o-", color=color, linewidth=2, label=name)
         slope = times[0].p50 / times[0].running
-        axes.plot([0, sizes[-1]], [0, slope * sizes[-1]], ":", color=GREY, label=f"{slope * 1e3:.0f} ns per sequence")
-        axes.set(xlabel="running sequences", ylabel="schedule() + update(), µs", xticks=sizes)
-        axes.set_ylim(bottom=0)
-        axes.legend(loc="upper left")
+        linear = [slope * size / 1e3 for size in sizes]
+        axes.plot(sizes, linear, ":", color=GREY, label=f"linear: {slope:.1f} µs per sequence")
+        axes.set(xlabel="running sequences", ylabel="schedule() + update(), ms", xscale="log", yscale="log")
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
+        logarithmic(axes.yaxis)
+        axes.legend(loc="best")

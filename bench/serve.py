@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench import invocation
+from bench import flags, invocation, output
 from bench.arrivals import Level, parse_concurrency, parse_rate
 from bench.extras import require
 from bench.measure import OBJECTIVES
@@ -22,15 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_server_arguments(parser.add_argument_group("server"))
     _add_load_arguments(parser)
     _add_prompt_arguments(parser.add_argument_group("prompts"))
-    report = parser.add_argument_group("report")
+    report = output.add_arguments(parser, plot="throughput against latency, and the CDFs of TTFT and ITL")
     report.add_argument(
         "--goodput",
         metavar="ttft=MS,tpot=MS",
         help="also count the requests that meet these limits (ttft, tpot, latency)",
     )
-    report.add_argument("--json", metavar="FILE", help="write everything measured, with the command, as JSON")
     report.add_argument("--details", action="store_true", help="with --json: every request's times too")
-    report.add_argument("--plot", metavar="FILE", help="draw throughput against latency, and the CDFs of TTFT and ITL")
     report.add_argument("--label", help="what to call this server in the JSON and the plot (default: the model)")
 
 
@@ -136,14 +134,10 @@ class Plan:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check the flags against one another. Raises ConfigError, naming the flag at fault."""
-    for flag, least in (("num_requests", 1), ("repeats", 1), ("warmup", 0)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise ConfigError(f"--{flag.replace('_', '-')} must be at least {least}, not {value}")
-    if not args.timeout > 0:
-        raise ConfigError(f"--timeout must be positive, not {args.timeout:g}")
-    if not args.base_url.startswith(("http://", "https://")):
-        raise ConfigError(f"--base-url must begin with http:// or https://, not {args.base_url!r}")
+    flags.at_least(args, 1, "num_requests", "repeats")
+    flags.at_least(args, 0, "warmup")
+    flags.positive(args, "timeout")
+    flags.http_address(args.base_url, "--base-url")
     chat = args.endpoint == "chat"
     if chat and args.prompts == "random" and args.prompt_format == "ids":
         raise ConfigError("the chat endpoint takes no token ids: use --prompt-format text, or --endpoint completions")
@@ -206,7 +200,8 @@ def run(args: argparse.Namespace) -> int:
     Raises ConfigError when the flags make no sense or the server cannot be used.
     """
     plan = make_plan(args)
-    require("aiohttp", *(["matplotlib"] if args.plot else []))  # the plot is known to fail before an hour's measuring
+    require("aiohttp")
+    output.check(args)
     from bench.load_test import execute  # aiohttp is needed only from here on
 
     return execute(plan, args)

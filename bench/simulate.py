@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Final
 
-from bench import output, simulated_load, simulated_replica
+from bench import flags, output, simulated_load, simulated_replica
 from bench.capacity import least
 from bench.extras import require
 from bench.forecast import Forecast, cautions, draw, forecast_of, samples_of, table, table_of_tries
@@ -133,11 +133,11 @@ def run(args: argparse.Namespace) -> int:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check the flags against one another. Raises ConfigError, naming the flag at fault."""
-    output.at_least(args, 0, "sample")
+    flags.at_least(args, 0, "sample")
     if not 0 < args.attainment <= 1:
         raise ConfigError(f"--attainment is a share, above 0 and up to 1, not {args.attainment:g}")
     objective = parse_objective(args.slo, "--slo")
-    replicas = None if args.replicas is None else output.whole_numbers(args.replicas, "--replicas")
+    replicas = None if args.replicas is None else flags.whole_numbers(args.replicas, "--replicas")
     if replicas and max(replicas) > _MOST_REPLICAS:
         raise ConfigError(f"--replicas takes numbers up to {_MOST_REPLICAS:,}, not {max(replicas)}")
     if replicas is None and not objective:

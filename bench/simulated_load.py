@@ -7,7 +7,7 @@ from math import ceil, inf
 from pathlib import Path
 from typing import Final
 
-from bench import output
+from bench import flags
 from bench.arrivals import OpenLoop, parse_rate
 from bench.workload import MOST_REQUESTS, Lengths, SyntheticLoad, moved, parse_lengths, random_moments, read_jsonl
 from engine.errors import ConfigError
@@ -80,9 +80,9 @@ def _synthetic(args: argparse.Namespace, replicas: Sequence[int] | None) -> Simu
     if each and replicas is None:
         raise ConfigError(f"--rate {args.rate} grows with the replicas, so it needs --replicas")
     level = _level(args.rate.removesuffix(_PER_REPLICA), args.burstiness)
-    output.at_least(args, 0.001, "duration")
-    output.at_least(args, 0, "prefixes")
-    output.at_least(args, 1, "prefix_len")
+    flags.at_least(args, 0.001, "duration")
+    flags.at_least(args, 0, "prefixes")
+    flags.at_least(args, 1, "prefix_len")
     inputs, outputs = parse_lengths(args.input_len, "--input-len"), parse_lengths(args.output_len, "--output-len")
     requests = level.rate * args.duration  # of all replicas, or of each
     size = ceil(requests * max(replicas)) if each and replicas else ceil(requests)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from bench import output
+from bench import flags
 from engine.errors import ConfigError
 from scheduler.batching import Mode
 from scheduler.cost_model import CostModel
@@ -95,10 +95,10 @@ def replica_of(args: argparse.Namespace, recorded: SchedulerConfig | None = None
     """The replica that the flags describe; ``recorded`` is what a trace says of its scheduler. Raises ConfigError."""
     for name in (*_LIMITS[2:5], "batch_size"):
         if getattr(args, name) is not None:
-            output.at_least(args, 1, name)
+            flags.at_least(args, 1, name)
     for name in ("num_host_blocks", "batch_delay", "ageing", "queue_timeout"):
         if getattr(args, name) is not None:
-            output.at_least(args, 0.001 if name == "ageing" else 0, name)
+            flags.at_least(args, 0.001 if name == "ageing" else 0, name)
     if args.cost is not None:
         if args.device or args.model:
             raise ConfigError("--cost says what a step costs, and so do --device and --model: give one of them")
@@ -116,7 +116,7 @@ def _estimated(args: argparse.Namespace) -> tuple[CostModel, int]:
     for name in ("flops_share", "bandwidth_share"):
         if not 0 < getattr(args, name) <= 1:
             raise ConfigError(f"--{name.replace('_', '-')} is a share, above 0 and up to 1, not {getattr(args, name)}")
-    output.at_least(args, 0, "overhead")
+    flags.at_least(args, 0, "overhead")
     device = DEVICES.get(args.device)
     if device is None:
         raise ConfigError(f"--device takes {', '.join(DEVICES)}, not {args.device!r}")

@@ -5,13 +5,12 @@ computed in chunks, and each stream gets a token between any two. (Chunked prefi
 """
 
 import argparse
-import asyncio
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from bench import local_server, output
+from bench import flags, local_server, output
 from bench.extras import require
 from bench.measure import percentile
 from bench.prompts import Lengths, RandomIds
@@ -26,10 +25,10 @@ class Stall:
     """What the streams felt, all repeats pooled. Times are in milliseconds."""
 
     steady_p50: float
-    """ITL before the prompt came."""
-    itl_p50: float
-    """ITL from the prompt's sending to its first token, as are the next two."""
+    """ITL before the prompt came, as is the next."""
+    steady_p99: float
     itl_p99: float
+    """ITL from the prompt's sending to its first token, as is the next."""
     itl_max: float
     tokens: float
     """Tokens that each stream got in that time, on average."""
@@ -53,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", type=int, default=128, help="tokens of the running answers' prompts (default: %(default)s)"
     )
     group.add_argument(
-        "--stream-len", type=int, default=1024, help="tokens that each stream asks for; it is cut off in the end"
+        "--stream-len",
+        type=int,
+        default=1024,
+        help="tokens that each stream asks for; it is cut off in the end (default: %(default)s)",
     )
     group.add_argument(
         "--quiet", type=float, default=1.0, metavar="S", help="seconds of steady decoding before (default: %(default)g)"
@@ -61,10 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repeats", type=int, default=3, help="long prompts, one after the other (default: %(default)s)"
     )
-    group.add_argument("--timeout", type=float, default=600.0, help="seconds per request (default: %(default)g)")
     group.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
-    local_server.add_arguments(parser)
-    parser.add_argument("--base-url", help="measure this one running server, as it is, instead of one per budget")
+    local_server.add_arguments(parser, base_url="measure this one running server, as it is, instead of one per budget")
     output.add_arguments(parser, plot="the gaps between the streams' tokens over time, a panel per budget")
 
 
@@ -73,96 +73,87 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ConfigError for settings that cannot work, OctavoError when a server fails.
     """
-    output.at_least(args, 1, "prompt_len", "streams", "context", "stream_len", "repeats")
-    output.at_least(args, 0.1, "quiet")
-    budgets = output.whole_numbers(args.budgets, "--budgets")
-    server_flags = [*local_server.flags_of(args), "--no-prefix-caching"]
-    require("aiohttp", *(["matplotlib"] if args.plot else []))
-    happened: dict[str, list[Intrusion]] = {}
-    try:
-        if args.base_url:
-            happened[args.base_url] = _measure(args.base_url, args.base_url, args)
-        for budget in [] if args.base_url else budgets:
-            with local_server.local_server([*server_flags, "--max-num-batched-tokens", str(budget)], args.port) as url:
-                happened[str(budget)] = _measure(str(budget), url, args)
-    except KeyboardInterrupt:
-        print("interrupted; the figures are of the servers that had been measured by then", file=sys.stderr)
-        if happened:
-            _report(args, happened)
-        return 130
-    _report(args, happened)
-    return 0
+    local_server.check(args)
+    flags.at_least(args, 1, "prompt_len", "streams", "context", "stream_len", "repeats")
+    flags.at_least(args, 0.1, "quiet")
+    budgets = flags.whole_numbers(args.budgets, "--budgets")
+    require("aiohttp")
+    output.check(args)
+    from bench import intrusion, loop
+    from bench.client import Server
 
-
-def _measure(label: str, url: str, args: argparse.Namespace) -> "list[Intrusion]":
-    """One intrusion per repeat."""
-    from bench.client import Client, Server
-    from bench.driving import warm_up
-    from bench.intrusion import intrude
-    from bench.load_test import event_loop_factory
-    from bench.progress import progress
-
-    server = Server(url, timeout=args.timeout)
     prompts = RandomIds(Lengths(args.prompt_len, 1)).draw(f"{args.seed}/prompts", 1 + args.repeats)
     running = RandomIds(Lengths(args.context, args.stream_len)).draw(f"{args.seed}/streams", args.streams)
 
-    async def measure() -> "list[Intrusion]":
-        found = []
-        async with Client(server) as client:
-            model = await client.model()
-            await warm_up(client, prompts[:1], model)
-            with progress(f"budget {label}", args.repeats, "prompt") as bar:
-                for prompt in prompts[1:]:
-                    found.append(await intrude(client, server, model, running, prompt, args.quiet))
-                    bar.update()
-        return found
+    def intrude(label: str, url: str) -> "list[Intrusion]":
+        server = Server(url, timeout=args.timeout)
+        return loop.run(intrusion.intrude_all(server, running, prompts, quiet=args.quiet, label=label))
 
-    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
-        return runner.run(measure())
+    servers = [(f"{budget}", ["--max-num-batched-tokens", f"{budget}", "--no-prefix-caching"]) for budget in budgets]
+    happened, interrupted = local_server.measure_each(args, servers, intrude)
+    if happened:
+        _report(args, dict(happened), interrupted)
+    return output.INTERRUPTED if interrupted else 0
 
 
 def summarize_stall(intrusions: "Sequence[Intrusion]", quiet: float) -> Stall:
     """Pool the repeats. Raises OctavoError when no stream got a token in one of the windows."""
-    steady = sorted(gap.length for one in intrusions for gap in one.gaps(one.sent - quiet, one.sent))
-    during = sorted(gap.length for one in intrusions for gap in one.gaps(one.sent, one.answered))
+    steady = sorted(gap.length * 1e3 for one in intrusions for gap in one.gaps(one.sent - quiet, one.sent))
+    during = sorted(gap.length * 1e3 for one in intrusions for gap in one.gaps(one.sent, one.answered))
     if not steady or not during:
         raise OctavoError("no stream got a token meanwhile: the prompt is too short to stall any, or --quiet is")
-    streams = sum(len(one.streams) for one in intrusions)
-    p50, p99, longest = (percentile(during, percent) * 1e3 for percent in (50, 99, 100))
-    ttft = percentile(sorted(one.ttft for one in intrusions), 50) * 1e3
-    return Stall(percentile(steady, 50) * 1e3, p50, p99, longest, len(during) / streams, ttft)
+    return Stall(
+        steady_p50=percentile(steady, 50),
+        steady_p99=percentile(steady, 99),
+        itl_p99=percentile(during, 99),
+        itl_max=during[-1],
+        tokens=len(during) / sum(len(one.streams) for one in intrusions),
+        ttft=percentile(sorted(one.ttft for one in intrusions), 50) * 1e3,
+    )
 
 
-def _report(args: argparse.Namespace, happened: "Mapping[str, Sequence[Intrusion]]") -> None:
+def _report(args: argparse.Namespace, happened: "Mapping[str, Sequence[Intrusion]]", interrupted: bool) -> None:
     stalls = {label: summarize_stall(intrusions, args.quiet) for label, intrusions in happened.items()}
-    title = f"A prompt of {args.prompt_len} tokens arrives at {args.streams} running streams"
+    title = f"A prompt of {args.prompt_len:,} tokens arrives at {args.streams} running streams"
     print(f"{title}; {args.repeats} times\n\n{_table(stalls)}")
-    findings = {"budgets": [{"label": label, **asdict(stall)} for label, stall in stalls.items()]}
+    findings = {
+        "interrupted": interrupted,
+        "budgets": [
+            {
+                "label": label,
+                **asdict(stalls[label]),
+                "repeats": [asdict(summarize_stall([one], args.quiet)) for one in intrusions],
+            }
+            for label, intrusions in happened.items()
+        ],
+    }
     contents = output.document("stall", add_arguments, args, findings)
-    output.save(args, contents, lambda path: _draw(path, happened, args.quiet, title))
+    output.save(args, contents, partial(_draw, happened=happened, quiet=args.quiet, title=title))
 
 
 def _table(stalls: Mapping[str, Stall]) -> str:
-    head = ["tokens\nper step", "ITL before\np50 ms", "meanwhile\np50 ms", "\np99 ms", "\nmax ms"]
+    head = ["tokens\nper step", "ITL before:\np50 ms", "\np99 ms", "until answered:\np99 ms", "\nmax ms"]
     head += ["tokens per\nstream", "prompt's\nTTFT ms"]
     rows = []
     for label, stall in stalls.items():
-        figures = (stall.steady_p50, stall.itl_p50, stall.itl_p99, stall.itl_max, stall.tokens, stall.ttft)
+        figures = (stall.steady_p50, stall.steady_p99, stall.itl_p99, stall.itl_max, stall.tokens, stall.ttft)
         rows.append([label, *map(output.figure, figures)])
     return output.table(head, rows)
 
 
 def _draw(path: str, happened: "Mapping[str, Sequence[Intrusion]]", quiet: float, title: str) -> None:
     """The first repeat of each: a point per gap, where it ended."""
-    from bench.figures import AMBER, BLUE, picture
+    from bench.figures import AMBER, BLUE, logarithmic, picture
 
-    with picture(path, len(happened), title=title, share_y=True) as panels:
+    with picture(path, len(happened), title=f"{title}; shaded: until its first token", shared=True) as panels:
         for axes, (label, intrusions) in zip(panels, happened.items(), strict=True):
             one = intrusions[0]
             gaps = list(one.gaps(one.sent - quiet, one.answered + quiet / 2))
             axes.axvspan(0, one.ttft, color=AMBER, alpha=0.18, linewidth=0)
             axes.scatter([gap.end - one.sent for gap in gaps], [gap.length * 1e3 for gap in gaps], s=9, color=BLUE)
-            axes.set(title=f"{label} tokens per step", xlabel="s since the prompt was sent")
+            heading = f"{int(label):,} tokens per step" if label.isdigit() else label
+            axes.set(title=heading, xlabel="s since the prompt was sent")
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panels[0].locator_params(axis="x", nbins=6)
+        logarithmic(panels[0].yaxis)
         panels[0].set_ylabel("gap between two tokens of a stream, ms")
