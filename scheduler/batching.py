@@ -4,7 +4,6 @@ Orca (Yu et al. 2022, §3) calls batching per request what `none`, `static` and 
 `continuous` does. All four run on the same step; they differ only in when a request may enter it.
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,14 +28,13 @@ class Batching:
         """Whether requests may join while others run."""
         return self.mode == "continuous"
 
-    def places(self, waiting: int, waited: float) -> int:
-        """How many of the ``waiting`` requests the next batch may take; the first has waited ``waited`` seconds."""
-        match self.mode:
-            case "continuous":
-                return sys.maxsize
-            case "none":
-                return 1
-            case "static":
-                return self.size if waiting >= self.size else 0
-            case "dynamic":
-                return self.size if waiting >= self.size or waited >= self.delay else 0
+    def due(self, arrival: float) -> float | None:
+        """When a request that came at ``arrival`` has waited long enough, however few others wait."""
+        return arrival + self.delay if self.mode == "dynamic" else None
+
+    def places(self, waiting: int, arrival: float, now: float) -> int:
+        """How many of the ``waiting`` requests a new batch takes at most; the first of them came at ``arrival``."""
+        if self.mode == "none":
+            return 1
+        due = self.due(arrival)
+        return self.size if waiting >= self.size or (due is not None and now >= due) else 0

@@ -83,7 +83,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # in order of rank, as the next
         self._returning: list[Sequence] = []  # that were preempted
         self._begun: set[Request] = set()  # that were admitted and have not ended
-        self._open_places = 0  # of the batch that is being admitted
+        self._batch: list[Request] = []  # that is being admitted: who was chosen for it and has not begun
         self._deadlines: list[tuple[float, Rank, Request]] = []
         self._serial = 0
 
@@ -131,8 +131,8 @@ class Scheduler:
         if oldest is not None:
             if self.config.queue_timeout is not None:
                 times.append(oldest.arrival + self.config.queue_timeout)
-            if self.config.batching.mode == "dynamic" and not self._begun:
-                times.append(oldest.arrival + self.config.batching.delay)
+            if not self._begun and (due := self.config.batching.due(oldest.arrival)) is not None:
+                times.append(due)
         return min(times, default=None)
 
     def refusal(self, num_tokens: int, num_places: int, budget: KVBudget | None = None) -> str | None:
@@ -141,8 +141,7 @@ class Scheduler:
             step_tokens = min(num_tokens, self.config.max_num_batched_tokens)
             block_size = self.config.block_size
             num_tokens = min(num_tokens, budget.max_blocks(step_tokens, block_size) * block_size)
-        if num_tokens > self.config.num_slots:
-            slots = self.config.num_slots
+        if num_tokens > (slots := self.config.num_slots):
             return f"the request may need {num_tokens} tokens of KV cache, but the cache holds {slots} in all"
         if num_places > self.config.max_num_seqs:
             return f"{num_places} sequences are more than the {self.config.max_num_seqs} that run at a time"
@@ -150,11 +149,11 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless free + used = total and every reference is owned by a live sequence's table."""
-        live = [sequence for request in self._begun for sequence in request.sequences]
-        self._memory.check(sequence for sequence in live if sequence.status is not Status.FINISHED)
-        for sequences in (self._running, self._returning):
-            assert sequences == sorted(sequences, key=_rank), "out of order"
-            assert all(sequence.request in self._begun for sequence in sequences)
+        live = [s for request in self._begun for s in request.sequences if s.status is not Status.FINISHED]
+        self._memory.check(live)
+        for own, status in ((self._running, Status.RUNNING), (self._returning, Status.WAITING)):
+            there = [s for s in live if s.status is status and (status is Status.RUNNING or not s.parked)]
+            assert own == sorted(there, key=_rank), "a sequence is not where it belongs"
 
     # a request's way in and out
 
@@ -224,7 +223,6 @@ class Scheduler:
     def schedule(self, now: float = 0.0) -> ScheduledBatch:
         """Choose what the next step computes, and take the blocks that it needs. Empty if all there is has to wait."""
         items: list[ScheduledSequence] = []
-        self._open_places = min(self._open_places, len(self._queue))  # who was aborted leaves no place to others
         preempted = self.counters.preemptions
         budget = self._continue(items)
         if self.counters.preemptions == preempted:
@@ -267,8 +265,6 @@ class Scheduler:
             for number, token in enumerate(tokens):
                 branch = forks[number - 1] if number else sequence
                 self._append(branch, token)
-                if branch.status is Status.WAITING:  # there was no room for a copy of its parent's KV
-                    insort(self._returning, branch, key=_rank)
                 appended.append(Appended(branch, index, number))
         return appended
 
@@ -289,10 +285,10 @@ class Scheduler:
             beams.append(self._fork(parent) if parent in seen else parent)
             seen.add(parent)
         for beam, (_, token) in zip(beams, extensions, strict=True):
+            if beam.parked and beam.status is Status.WAITING:
+                insort(self._returning, beam, key=_rank)
             beam.parked = False
             beam.tokens.append(token)
-            if beam.status is Status.WAITING:
-                insort(self._returning, beam, key=_rank)
         return beams
 
     # the parts of a step
@@ -339,12 +335,16 @@ class Scheduler:
         """Who may enter next."""
         if self._returning:
             return self._returning[0]
-        waiting, oldest = len(self._queue), self._queue.oldest
-        batching = self.config.batching
-        if oldest is not None and (batching.refills or not (self._begun or self._open_places)):
-            self._open_places = min(waiting, batching.places(waiting, now - oldest.arrival))
-        head = self._queue.head() if self._open_places else None
+        head = self._queue.head() if self.config.batching.refills else self._next_of_batch(now)
         return None if head is None else head.sequences[0]
+
+    def _next_of_batch(self, now: float) -> Request | None:
+        """Who of the batch that is being admitted is next. Once all have ended, a new batch is chosen as a whole."""
+        self._batch = [request for request in self._batch if request in self._queue]
+        oldest = self._queue.oldest
+        if oldest is not None and not (self._begun or self._batch):
+            self._batch = self._queue.first(self.config.batching.places(len(self._queue), oldest.arrival, now))
+        return self._batch[0] if self._batch else None
 
     def _begin(self, sequence: Sequence) -> None:
         """A sequence that has entered the memory runs from now on."""
@@ -356,7 +356,6 @@ class Scheduler:
             return
         self._queue.admit(request)
         self._begun.add(request)
-        self._open_places -= 1
         request.cached_tokens = sequence.num_computed_tokens
         if self.config.prefix_caching:
             self.counters.prefix_queried_tokens += sequence.num_tokens
@@ -400,7 +399,7 @@ class Scheduler:
         has_place = parent.status is Status.RUNNING and len(self._running) < self.config.max_num_seqs
         if has_place and self._memory.fork(parent, child):
             child.status = Status.RUNNING
-            insort(self._running, child, key=_rank)
+        insort(self._running if child.status is Status.RUNNING else self._returning, child, key=_rank)
         return child
 
     def _append(self, sequence: Sequence, token: int) -> None:

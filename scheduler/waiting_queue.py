@@ -9,7 +9,8 @@ Large Language Models*, §4.1), and ``ageing`` seconds of waiting count as `TOKE
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush, nsmallest
+from math import inf
 from typing import Literal
 
 from scheduler.request import Rank, Request
@@ -25,6 +26,10 @@ class Order:
     policy: Literal["fcfs", "priority", "fair"] = "fcfs"
     ageing: float = 10.0
     """Seconds."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ageing < inf:
+            raise ValueError(f"ageing takes more than no time and not for ever, not {self.ageing} seconds")
 
     def rank(self, request: Request, serial: int) -> Rank:
         """Where a request stands among those of its tenant, for as long as it lives; lower goes first."""
@@ -46,6 +51,9 @@ class WaitingQueue:
 
     def __len__(self) -> int:
         return len(self._members)
+
+    def __contains__(self, request: Request) -> bool:
+        return request in self._members
 
     @property
     def oldest(self) -> Request | None:
@@ -71,6 +79,9 @@ class WaitingQueue:
         self.num_tokens -= request.num_prompt_tokens
         tenant = self._tenant(request)
         heap = self._heaps[tenant]
+        if len(heap) > 64 + 2 * len(self._members):  # most have left before they came up
+            heap[:] = [entry for entry in heap if entry[1] in self._members]
+            heapify(heap)
         while heap and heap[0][1] not in self._members:
             heappop(heap)
         if not heap:
@@ -83,8 +94,12 @@ class WaitingQueue:
         heads = (heap[0][1] for heap in self._heaps.values())
         return min(heads, key=self._score)
 
+    def first(self, count: int) -> list[Request]:
+        """Who is next if ``count`` are to run together, and none of them is charged before all are chosen."""
+        return nsmallest(count, self._members, key=self._score)
+
     def admit(self, request: Request) -> None:
-        """Take out the head, since it runs now."""
+        """Take out a request, since it runs now."""
         self._level = max(self._level, self._served[self._tenant(request)])
         self.remove(request)
 

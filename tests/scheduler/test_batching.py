@@ -5,6 +5,7 @@ import pytest
 from scheduler.batching import Batching, Mode
 from scheduler.request import Request, StopRule
 from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.waiting_queue import Order
 from tests.scheduler.memory import step_tokens
 
 
@@ -88,6 +89,36 @@ def test_an_aborted_member_of_a_batch_leaves_its_place_to_nobody() -> None:
     assert _step(scheduler) == "b"
     _add(scheduler, "a")
     assert _steps(scheduler, 2) == ["", ""]
+
+
+def test_nobody_joins_a_batch_in_the_place_of_one_that_was_aborted() -> None:
+    rule = Batching(mode="static", size=2)
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, max_num_batched_tokens=3, batching=rule))
+    _add(scheduler, "c")
+    scheduler.add(gone := Request("gone", [1, 2, 3], StopRule(max_tokens=1)))
+    assert _step(scheduler) == "c"
+    scheduler.abort(gone)
+    _add(scheduler, "ab")
+    assert _steps(scheduler, 4) == ["c", "c", "a", "b"]
+
+
+def test_a_request_of_higher_rank_waits_for_the_next_batch_too() -> None:
+    rule, order = Batching(mode="static", size=2), Order(policy="priority")
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, max_num_batched_tokens=3, batching=rule, order=order))
+    _add(scheduler, "bb")
+    assert _step(scheduler) == "b"
+    scheduler.add(Request("urgent", [1, 2, 3], StopRule(max_tokens=1), priority=-9))
+    assert _steps(scheduler, 3) == ["bb", "b", "b"]
+    assert scheduler.num_waiting == 1
+
+
+def test_a_delay_is_over_at_the_moment_that_was_named_for_it_however_it_rounds() -> None:
+    scheduler = _scheduler("dynamic", delay=0.05)
+    for number in range(200):
+        scheduler.add(Request(str(number), [1], StopRule(max_tokens=1)), number / 10)
+        due = scheduler.next_event()
+        assert due is not None
+        assert _step(scheduler, now=due) == str(number)
 
 
 def test_a_batch_that_has_to_make_room_takes_its_own_back_before_the_next_begins() -> None:

@@ -188,6 +188,22 @@ def test_preemption_does_not_change_what_is_generated() -> None:
     assert outputs[0] == outputs[1]
 
 
+def test_a_continuation_that_finds_its_place_taken_waits_for_one() -> None:
+    scheduler = _scheduler(max_num_seqs=4, max_num_batched_tokens=4)
+    beams = Request("beams", [1], StopRule(max_tokens=9), beam_width=2)
+    scheduler.add(beams)
+    for extensions in ((0, 0), (0,)):  # a search may have fewer beams for a time
+        _step(scheduler)
+        scheduler.advance(beams, [(beams.sequences[index], 5) for index in extensions])
+    forking = _request("n", 4, n=3, max_tokens=3)
+    scheduler.add(forking)
+    _step(scheduler)
+    scheduler.advance(beams, [(beams.sequences[0], 5)] * 2)
+    for _ in range(6):
+        _step(scheduler)
+    assert [sequence.finish_reason for sequence in forking.sequences] == ["length"] * 3
+
+
 def test_a_stop_token_ends_a_sequence_but_not_before_min_tokens() -> None:
     rule = StopRule(max_tokens=5, min_tokens=2, stop_token_ids=frozenset({3}))
     assert [rule.finish_reason(i, 3) for i in (1, 2, 3)] == [None, None, "stop"]

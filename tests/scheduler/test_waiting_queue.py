@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import pytest
+
 from scheduler.request import Request, StopRule
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.waiting_queue import TOKENS_PER_AGEING, Order, WaitingQueue
@@ -105,6 +107,30 @@ def test_tenants_without_end_do_not_fill_the_memory() -> None:
         queue.add("r", tenant=str(number))
         queue.drain(charge=1)
     assert len(queue.queue._served) <= 10_000
+
+
+def test_requests_without_end_that_leave_before_their_turn_do_not_fill_the_memory() -> None:
+    queue = _Queue(Order())
+    queue.add("first")
+    for number in range(1_000):
+        queue.queue.remove(queue.add(str(number)))
+    assert len(queue.queue._heaps[""]) < 100
+    assert queue.drain() == ["first"]
+
+
+def test_those_that_begin_together_are_the_first_in_order() -> None:
+    queue = _Queue(Order(policy="priority"))
+    for name, priority in (("a", 1), ("b", 0), ("c", 1), ("d", -1)):
+        queue.add(name, priority=priority)
+    assert [request.request_id for request in queue.queue.first(3)] == ["d", "b", "a"]
+    assert len(queue.queue) == 4
+    assert len(queue.queue.first(9)) == 4
+
+
+@pytest.mark.parametrize("ageing", [0.0, -1.0, float("inf"), float("nan")])
+def test_waiting_counts_for_something(ageing: float) -> None:
+    with pytest.raises(ValueError, match="ageing takes more than no time"):
+        Order(policy="fair", ageing=ageing)
 
 
 def test_two_tenants_get_equal_shares_though_one_sends_ten_times_as_much() -> None:

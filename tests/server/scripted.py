@@ -14,6 +14,7 @@ import httpx
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
+from engine.kv_policies.policy import KVPolicy
 from engine.launch import scheduler_config
 from engine.memory import MemoryPlan
 from engine.sampler import Sample, SampleRow
@@ -54,7 +55,9 @@ class Model:
         self.last: tuple[ScheduledSequence, ...] = ()
         """What was computed last."""
 
-    def execute(self, batch: ScheduledBatch, rows: Sequence[SampleRow]) -> list[list[Sample]]:
+    def execute(
+        self, batch: ScheduledBatch, rows: Sequence[SampleRow], selectors: Sequence[KVPolicy] = ()
+    ) -> list[list[Sample]]:
         """Let each row go on as the script says."""
         self.last = batch.items
         for item in batch.items:
