@@ -119,6 +119,8 @@ def attention_mass(
     mass float32 [blocks, Hkv, S] is paged like the keys: KV head h's entry grows by the sum over the step's queries and
     the query heads that read h. Entries of slots that this step wrote begin at 0; no other sequence's are touched.
     """
+    if (ops := _native_for(q)) is not None:
+        return ops.attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, selected)
     return reference_attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, selected)
 
 

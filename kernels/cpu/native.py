@@ -23,6 +23,7 @@ _RMS_NORM: Final = struct.Struct("3q 3q 2q 3q d")
 _ROTARY_EMBEDDING: Final = struct.Struct("4q 4q 2q 2q 2q")
 _KV_WRITE: Final = struct.Struct("3q 3q 2q q 5q")
 _PAGED_ATTENTION: Final = struct.Struct("3q 2q 2q 2q q 7q d q 5q")
+_ATTENTION_MASS: Final = struct.Struct("3q q 2q 2q 2q 7q d")
 _SILU_AND_MUL: Final = struct.Struct("2q q 2q")
 _LINEAR: Final = struct.Struct("2q 3q 3q")
 _PACK_LINEAR: Final = struct.Struct("2q 2q")
@@ -53,6 +54,7 @@ class NativeOps:
         self._rotary_embedding = _bind_each(library, "octavo_rotary_embedding")
         self._silu_and_mul = _bind_each(library, "octavo_silu_and_mul")
         self._paged_attention = _bind_each(library, "octavo_paged_attention")
+        self._attention_mass = _bind_each(library, "octavo_attention_mass")
         self._kv_write = _bind(library, "octavo_kv_write")
         self.has_linear = hasattr(library, "octavo_linear_bf16")
         """Whether the CPU multiplies pairs of bfloat16, so that the two functions below exist."""
@@ -168,6 +170,48 @@ class NativeOps:
                 f"paged_attention: a sequence needs a block that is not in its table or past {blocks} blocks"
             )
         return out
+
+    def attention_mass(
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        block_tables: Tensor,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        scale: float,
+        mass: Tensor,
+        selected: Tensor,
+    ) -> None:
+        _, q_heads, dims = q.shape
+        blocks, kv_heads, block_size, cache_dims = key_cache.shape
+        sequences, table_blocks = block_tables.shape
+        q_token, q_head, q_step = q.stride()
+        table_stride, table_step = block_tables.stride()
+        if not (q_step == table_step == 1 and _are_contiguous(key_cache, mass, selected)):
+            raise ValueError("attention_mass: cache, mass and selection must be contiguous, q have unit stride in D")
+        if not (q.dtype is key_cache.dtype and mass.dtype is torch.float32 and selected.dtype is torch.bool):
+            raise ValueError("attention_mass: q and the cache must share a dtype, mass be float32, selected bool")
+        if not (block_tables.dtype is query_start.dtype is seq_lens.dtype is torch.int32):
+            raise ValueError("attention_mass: block_tables, query_start and seq_lens must be int32")
+        if not (
+            dims == cache_dims and q_heads % kv_heads == 0 and mass.shape == key_cache.shape[:3]
+            and query_start.shape[0] == sequences + 1 and seq_lens.shape == selected.shape == (sequences,)
+        ):  # fmt: skip
+            raise ValueError(
+                f"attention_mass: shapes {q.shape}, {key_cache.shape}, {block_tables.shape}, {query_start.shape}, "
+                f"{seq_lens.shape}, {mass.shape}, {selected.shape} do not fit"
+            )
+        sound = self._attention_mass[q.dtype](
+            _ATTENTION_MASS.pack(
+                q.data_ptr(), q_token, q_head, key_cache.data_ptr(), block_tables.data_ptr(), table_stride,
+                query_start.data_ptr(), seq_lens.data_ptr(), mass.data_ptr(), selected.data_ptr(),
+                sequences, q_heads, kv_heads, dims, block_size, blocks, table_blocks, scale,
+            )
+        )  # fmt: skip
+        if not sound:
+            raise IndexError(
+                f"attention_mass: a sequence needs a block that is not in its table or past {blocks} blocks"
+            )
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         rows, width = x.shape

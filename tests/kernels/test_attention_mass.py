@@ -1,0 +1,93 @@
+"""Attention mass: the reference equals torch's softmax, native code equals the reference, and others' slots stay."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cpu.native import NativeOps
+from kernels.reference.attention_mass import attention_mass
+from tests.kernels.attention_cases import AttentionCase, make_case
+
+
+def random_mass_case(rng: random.Random, dtype: torch.dtype) -> tuple[AttentionCase, Tensor, Tensor]:
+    """Sequences of odd lengths, the mass they had before (poison where nothing was), and which of them are selected."""
+    lengths = []
+    for _ in range(rng.randint(1, 4)):
+        keys = rng.choice([1, 2, 15, 16, 17, 63, 64, 65, 130])
+        lengths.append((rng.choice([0, 1, 1, min(keys, 3), keys]), keys))
+    case = make_case(
+        lengths,
+        kv_heads=rng.choice([1, 2, 3]),
+        group=rng.choice([1, 3, 8]),
+        dims=rng.choice([16, 32, 80]),
+        block_size=rng.choice([1, 8, 16, 128]),
+        dtype=dtype,
+    )
+    mass = torch.full(case.key_cache.shape[:3], torch.nan)
+    for b, (queries, keys) in enumerate(lengths):
+        for slot in range(keys - queries):
+            mass[case.block_tables[b, slot // mass.shape[2]], :, slot % mass.shape[2]] = rng.random()
+    return case, mass, torch.tensor([rng.random() < 0.7 for _ in lengths])
+
+
+def arguments(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+    return case.q, case.key_cache, case.block_tables, case.query_start, case.seq_lens, case.scale
+
+
+def test_the_reference_sums_the_columns_of_a_causal_softmax() -> None:
+    case = make_case([(5, 9)], kv_heads=2, group=3, dims=16)
+    mass = torch.full(case.key_cache.shape[:3], torch.nan)
+    table = case.block_tables[0]
+    mass[table[0], :, :4] = 7.0
+    attention_mass(*arguments(case), mass, torch.tensor([True]))
+    keys = torch.stack([case.key_cache[table[j // 16], :, j % 16] for j in range(9)], dim=1).double()
+    scores = case.q.double().transpose(0, 1) @ keys.repeat_interleave(3, 0).mT * case.scale
+    hidden = torch.arange(9) > torch.arange(4, 9)[:, None]
+    expected = scores.masked_fill(hidden, -torch.inf).softmax(-1).sum(1).unflatten(0, (2, 3)).sum(1)
+    expected[:, :4] += 7.0
+    torch.testing.assert_close(mass[table[0], :, :9].double(), expected, rtol=1e-5, atol=1e-5)
+    assert mass[table[0], :, 9:].isnan().all()
+
+
+def test_native_equals_the_reference_on_odd_shapes(ops: NativeOps, dtype: torch.dtype, rng: random.Random) -> None:
+    for _ in range(5):
+        case, mass, selected = random_mass_case(rng, dtype)
+        expected = mass.clone()
+        attention_mass(*arguments(case.in_float32()), expected, selected)
+        ops.attention_mass(*arguments(case), mass, selected)
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(mass, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def test_a_prompt_in_chunks_gathers_the_same_mass_as_a_whole_one(ops: NativeOps) -> None:
+    whole = make_case([(40, 40)], dims=32)
+    masses = []
+    for sizes in ((40,), (1, 17, 22)):
+        mass, end = torch.full(whole.key_cache.shape[:3], torch.nan), 0
+        for size in sizes:
+            begin, end = end, end + size
+            lengths = torch.tensor([end], dtype=torch.int32)
+            starts = torch.tensor([0, size], dtype=torch.int32)
+            q = whole.q[begin:end]
+            ops.attention_mass(
+                q, whole.key_cache, whole.block_tables, starts, lengths, whole.scale, mass, torch.tensor([True])
+            )
+        masses.append(mass)
+    torch.testing.assert_close(*masses, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_a_needed_block_that_does_not_exist_is_refused(ops: NativeOps) -> None:
+    case = make_case([(1, 40)])
+    case.block_tables[0, 1] = 2**31 - 7
+    with pytest.raises(IndexError, match="block"):
+        ops.attention_mass(*arguments(case), torch.zeros(case.key_cache.shape[:3]), torch.tensor([True]))
+
+
+def test_arguments_that_do_not_fit_each_other_are_refused(ops: NativeOps) -> None:
+    case, selected = make_case([(1, 40)]), torch.tensor([True])
+    mass = torch.zeros(case.key_cache.shape[:3])
+    for wrong_mass, wrong_selection in ((mass[1:], selected), (mass.double(), selected), (mass, selected.int())):
+        with pytest.raises(ValueError, match="attention_mass: "):
+            ops.attention_mass(*arguments(case), wrong_mass, wrong_selection)
