@@ -68,8 +68,8 @@ class ForwardBatch:
     logits_rows: Tensor
     """[R] int64: indices into T."""
     limits: SlotLimits | None = None
-    keeps_mass: Tensor | None = None
-    """[B] bool: the sequences whose slots' attention mass is summed up; None if there are none."""
+    counted: Tensor | None = None
+    """[B] uint8: which queries' attention each sequence counts, see `ops.attention_mass`; None if all count none."""
 
     def sampled(self, x: Tensor) -> Tensor:
         """x [T, …] → its R rows whose logits are wanted."""
@@ -106,10 +106,12 @@ class ForwardBatch:
             block_tables=torch.from_numpy(tables).to(device, non_blocking=True),
             logits_rows=on_device(ends[sampled] - 1, np.int64),
             limits=None if limits is None else limits.to(device),
-            keeps_mass=_keep_mass(items, device),
+            counted=_counted(items, device),
         )
 
 
-def _keep_mass(items: Sequence[ScheduledSequence], device: torch.device) -> Tensor | None:
-    kept = [isinstance(item.kv_budget, Selection) and item.kv_budget.keeps_mass for item in items]
-    return torch.tensor(kept, device=device) if any(kept) else None
+def _counted(items: Sequence[ScheduledSequence], device: torch.device) -> Tensor | None:
+    kinds = [item.kv_budget.counted if isinstance(item.kv_budget, Selection) else "none" for item in items]
+    if all(kind == "none" for kind in kinds):
+        return None
+    return torch.tensor([("none", "all", "last").index(kind) for kind in kinds], dtype=torch.uint8, device=device)

@@ -111,17 +111,18 @@ def attention_mass(
     seq_lens: Tensor,
     scale: float,
     mass: Tensor,
-    selected: Tensor,
+    counted: Tensor,
 ) -> None:
-    """Add to each slot the attention that this step's queries pay it, for the selected sequences (bool [B]).
+    """Count the attention that each slot gets from this step's queries.
 
     The queries, tables and lengths are those of `paged_attention`, whose probabilities these are, without windows.
-    mass float32 [blocks, Hkv, S] is paged like the keys: KV head h's entry grows by the sum over the step's queries and
-    the query heads that read h. Entries of slots that this step wrote begin at 0; no other sequence's are touched.
+    mass float32 [blocks, Hkv, S] is paged like the keys. `counted` uint8 [B]: with 1, KV head h's entries grow by the
+    sum over the step's queries and the query heads that read h, those of slots that the step wrote from 0 on; with 2
+    they become the sum over the last query alone; with 0 a sequence's entries are not touched.
     """
     if (ops := _native_for(q)) is not None:
-        return ops.attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, selected)
-    return reference_attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, selected)
+        return ops.attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted)
+    return reference_attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ position; behind a gap of ``num_dropped`` tokens it is that many less.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,10 @@ class Window:
         return first, max(seen - first - num_dropped // block_size, 0)
 
 
+Counted = Literal["none", "all", "last"]
+"""Which queries' attention a policy wants to know of each slot: of none, of all since, or of the last one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
     """``slots`` tokens that a policy selects, for each layer and KV head its own; anew when ``slack`` more are there.
@@ -61,13 +66,18 @@ class Selection:
     """1 is eviction at every step."""
     prompt_slack: int = 1
     """The same within the prompt, whose tokens come many at a time."""
-    keeps_mass: bool = False
-    """Whether the policy sums up the attention that each slot gets. Only this sequence's own queries can say that, so
-    it finds no prefix in a cache, and shares its blocks with nobody."""
+    counted: Counted = "none"
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.slack < 1 or self.prompt_slack < 1:
             raise ValueError("a selection has at least 1 slot, and at least 1 token of slack")
+
+    @property
+    def keeps_mass(self) -> bool:
+        """Whether attention is counted. Only a sequence's own queries can say how much there was, so it finds no prefix
+        in a cache, and shares its blocks with nobody.
+        """
+        return self.counted != "none"
 
     @property
     def num_exact(self) -> int:

@@ -30,7 +30,7 @@ class H2O:
     def budget(self) -> Selection:
         """Both kinds together."""
         return Selection(
-            slots=self.heavy + self.recent, slack=self.slack, prompt_slack=self.prompt_slack, keeps_mass=True
+            slots=self.heavy + self.recent, slack=self.slack, prompt_slack=self.prompt_slack, counted="all"
         )
 
     def score(self, slots: Slots) -> "Tensor":

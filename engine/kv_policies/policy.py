@@ -28,8 +28,8 @@ class Slots:
     values: "Tensor"
     """[Hkv, L, D]."""
     mass: "Tensor"
-    """[Hkv, L] float32: the attention that each slot got from all queries since, summed over the query heads of its
-    group; meaningless unless the budget keeps it."""
+    """[Hkv, L] float32: the attention that each slot got from the queries that the budget counts, summed over them and
+    over the query heads of its group; meaningless if it counts none."""
 
 
 @runtime_checkable

@@ -10,9 +10,10 @@ from engine.kv_policies.h2o import H2O
 from engine.kv_policies.knorm import KNorm
 from engine.kv_policies.policy import KVPolicy
 from engine.kv_policies.streaming import Streaming
+from engine.kv_policies.tova import TOVA
 from engine.kv_policies.window import SlidingWindow
 
-POLICIES: Final[Mapping[str, type[Any]]] = {cls.name: cls for cls in (Full, SlidingWindow, Streaming, H2O, KNorm)}
+POLICIES: Final[Mapping[str, type[Any]]] = {cls.name: cls for cls in (Full, SlidingWindow, Streaming, H2O, TOVA, KNorm)}
 
 
 def make_policy(given: object) -> KVPolicy:

@@ -66,7 +66,7 @@ class Attention:
             self.window,
             None if batch.limits is None else ops.Sinks(batch.limits.windows, batch.limits.sinks, sink_query),
         )
-        if batch.keeps_mass is not None:
+        if batch.counted is not None:
             ops.attention_mass(
                 query,
                 cache.key,
@@ -75,7 +75,7 @@ class Attention:
                 batch.seq_lens,
                 self.head_dim**-0.5,
                 cache.mass,
-                batch.keeps_mass,
+                batch.counted,
             )
         return self.output(attended.view(len(x), -1))
 

@@ -18,7 +18,7 @@ struct MassCall {
     int64_t table_stride;
     const int32_t *query_start, *seq_lens;
     float* mass;  // [blocks, kv_heads, block_size]
-    const bool* selected;
+    const uint8_t* counted;  // of each sequence: 0 nothing, 1 all queries, 2 the last one
     int64_t sequences, q_heads, kv_heads, dims, block_size, num_blocks, table_blocks;
     double scale;
 
@@ -42,14 +42,17 @@ class Mass {
 
     // False if the block table names a block that does not exist.
     bool run() {
-        const int64_t begin = call_.query_start[sequence_], end = call_.query_start[sequence_ + 1];
+        const bool last_only = call_.counted[sequence_] == 2;
+        const int64_t end = call_.query_start[sequence_ + 1];
+        const int64_t begin = last_only ? end - 1 : call_.query_start[sequence_];
+        const int64_t kept = last_only ? 0 : length_ - (end - begin);  // slots whose mass so far counts
         const int64_t step = std::max<int64_t>(1, kTileRows / attention_.group());
         for (int64_t first = begin; first < end; first += step)
             if (!add_tile({sequence_, head_, first, std::min(first + step, end), 0, 0, 0})) return false;
         for (int64_t slot = 0; slot < length_; ++slot) {
             const int64_t block = call_.block_tables[sequence_ * call_.table_stride + slot / call_.block_size];
             float& mass = call_.mass[(block * call_.kv_heads + head_) * call_.block_size + slot % call_.block_size];
-            mass = (slot < length_ - (end - begin) ? mass : 0.0f) + sums_[slot];
+            mass = (slot < kept ? mass : 0.0f) + sums_[slot];
         }
         return true;
     }
@@ -107,14 +110,16 @@ class Mass {
     std::vector<float> scores_, sums_;
 };
 
-// False if a selected sequence needs a block that its table lacks or that does not exist.
+// False if a sequence that counts needs a block that its table lacks or that does not exist.
 template <class Math>
 bool attention_mass(const MassCall<typename Math::Stored>& call) {
     bool sound = true;
 #pragma omp parallel for schedule(dynamic, 1) reduction(&& : sound)
-    for (int64_t i = 0; i < call.sequences * call.kv_heads; ++i)
-        if (call.selected[i / call.kv_heads] && call.query_start[i / call.kv_heads + 1] > call.query_start[i / call.kv_heads])
-            sound = Mass<Math>(call, i / call.kv_heads, i % call.kv_heads).run() && sound;
+    for (int64_t i = 0; i < call.sequences * call.kv_heads; ++i) {
+        const int64_t sequence = i / call.kv_heads;
+        if (call.counted[sequence] && call.query_start[sequence + 1] > call.query_start[sequence])
+            sound = Mass<Math>(call, sequence, i % call.kv_heads).run() && sound;
+    }
     return sound;
 }
 

@@ -180,31 +180,31 @@ class NativeOps:
         seq_lens: Tensor,
         scale: float,
         mass: Tensor,
-        selected: Tensor,
+        counted: Tensor,
     ) -> None:
         _, q_heads, dims = q.shape
         blocks, kv_heads, block_size, cache_dims = key_cache.shape
         sequences, table_blocks = block_tables.shape
         q_token, q_head, q_step = q.stride()
         table_stride, table_step = block_tables.stride()
-        if not (q_step == table_step == 1 and _are_contiguous(key_cache, mass, selected)):
-            raise ValueError("attention_mass: cache, mass and selection must be contiguous, q have unit stride in D")
-        if not (q.dtype is key_cache.dtype and mass.dtype is torch.float32 and selected.dtype is torch.bool):
-            raise ValueError("attention_mass: q and the cache must share a dtype, mass be float32, selected bool")
+        if not (q_step == table_step == 1 and _are_contiguous(key_cache, mass, counted)):
+            raise ValueError("attention_mass: cache, mass and counts must be contiguous, q have unit stride in D")
+        if not (q.dtype is key_cache.dtype and mass.dtype is torch.float32 and counted.dtype is torch.uint8):
+            raise ValueError("attention_mass: q and the cache must share a dtype, mass be float32, counted uint8")
         if not (block_tables.dtype is query_start.dtype is seq_lens.dtype is torch.int32):
             raise ValueError("attention_mass: block_tables, query_start and seq_lens must be int32")
         if not (
             dims == cache_dims and q_heads % kv_heads == 0 and mass.shape == key_cache.shape[:3]
-            and query_start.shape[0] == sequences + 1 and seq_lens.shape == selected.shape == (sequences,)
+            and query_start.shape[0] == sequences + 1 and seq_lens.shape == counted.shape == (sequences,)
         ):  # fmt: skip
             raise ValueError(
                 f"attention_mass: shapes {q.shape}, {key_cache.shape}, {block_tables.shape}, {query_start.shape}, "
-                f"{seq_lens.shape}, {mass.shape}, {selected.shape} do not fit"
+                f"{seq_lens.shape}, {mass.shape}, {counted.shape} do not fit"
             )
         sound = self._attention_mass[q.dtype](
             _ATTENTION_MASS.pack(
                 q.data_ptr(), q_token, q_head, key_cache.data_ptr(), block_tables.data_ptr(), table_stride,
-                query_start.data_ptr(), seq_lens.data_ptr(), mass.data_ptr(), selected.data_ptr(),
+                query_start.data_ptr(), seq_lens.data_ptr(), mass.data_ptr(), counted.data_ptr(),
                 sequences, q_heads, kv_heads, dims, block_size, blocks, table_blocks, scale,
             )
         )  # fmt: skip

@@ -14,19 +14,21 @@ def attention_mass(
     seq_lens: Tensor,
     scale: float,
     mass: Tensor,
-    selected: Tensor,
+    counted: Tensor,
 ) -> None:
-    """Add the probabilities of the selected sequences' queries; see `kernels.ops.attention_mass`."""
+    """Sum up the probabilities of the queries that count; see `kernels.ops.attention_mass`."""
     block_size = key_cache.shape[2]
     starts, lengths = query_start.tolist(), seq_lens.tolist()
-    for b in selected.nonzero().flatten().tolist():
+    for b in counted.nonzero().flatten().tolist():
         slots = torch.arange(lengths[b], device=q.device)
         blocks, offsets = block_tables[b, slots // block_size].long(), slots % block_size
         keys = gather(key_cache, block_tables[b], slots)
-        queries = starts[b + 1] - starts[b]
+        queries, last_only = starts[b + 1] - starts[b], counted[b] == 2
+        if not queries:
+            continue
         sums = mass[blocks, :, offsets]
-        sums[lengths[b] - queries :] = 0
-        for first in range(0, queries, QUERIES_AT_ONCE):
+        sums[0 if last_only else lengths[b] - queries :] = 0
+        for first in range(queries - 1 if last_only else 0, queries, QUERIES_AT_ONCE):
             last = min(first + QUERIES_AT_ONCE, queries)
             positions = lengths[b] - queries + torch.arange(first, last, device=q.device)
             scores = score(q[starts[b] + first : starts[b] + last], keys, scale)

@@ -21,6 +21,8 @@ class Entry:
     value: Tensor
     mass: float = 0.0
     """Attention that it got so far, summed over queries and the query heads of its group."""
+    latest: float = 0.0
+    """The same from the last query alone."""
 
 
 Kept = list[Entry]
@@ -36,7 +38,9 @@ class Oracle:
     before: Evict = lambda kept, position: kept
     """Applied before a query attends,"""
     after: Evict = lambda kept, position: kept
-    """and after it did."""
+    """and after it did, for each head;"""
+    together: Callable[[list[Kept], int], list[Kept]] | None = None
+    """or, instead, for all heads of a layer at once."""
     in_cache_positions: bool = False
     """Whether keys and queries are rotated by their places in the cache (StreamingLLM) or by their true positions."""
     kept: list[list[Kept]] = field(default_factory=list)
@@ -82,9 +86,16 @@ class Oracle:
             outputs.append(probabilities @ torch.stack([entry.value for entry in entries]))
             for entry, mass in zip(entries, probabilities.sum(0).tolist(), strict=True):
                 entry.mass += mass
-            kept[head] = self.after(entries, self.position)
+                entry.latest = mass
+            kept[head] = entries
+        for head, entries in enumerate(self.choose(kept, self.position)):
+            kept[head] = entries
         out: Tensor = attention.o_proj(torch.stack(outputs).flatten())
         return out
+
+    def choose(self, kept: list[Kept], position: int) -> list[Kept]:
+        """What stays of a layer's heads' entries."""
+        return self.together(kept, position) if self.together else [self.after(one, position) for one in kept]
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         half = x.shape[-1] // 2
@@ -103,6 +114,19 @@ def heaviest(count: int, recent: int, slacks: tuple[int, int], num_prompt: int) 
 def smallest_keys(count: int, recent: int, slacks: tuple[int, int], num_prompt: int) -> Evict:
     """The same by the norms of keys: the largest go."""
     return _select(lambda one: -float(one.key.norm()), count, recent, slacks, num_prompt)
+
+
+def most_attended_now(count: int, slacks: tuple[int, int], num_prompt: int) -> Callable[[list[Kept], int], list[Kept]]:
+    """TOVA: what the last query attends to least goes, the same for all heads; itself never."""
+
+    def evict(heads: list[Kept], position: int) -> list[Kept]:
+        if len(heads[0]) < count + slacks[position + 1 >= num_prompt]:
+            return heads
+        total = [sum(one.latest for one in entries) for entries in zip(*heads, strict=True)][:-1]
+        chosen = sorted(sorted(range(len(total)), key=total.__getitem__, reverse=True)[: count - 1])
+        return [[*(entries[i] for i in chosen), entries[-1]] for entries in heads]
+
+    return evict
 
 
 def _select(

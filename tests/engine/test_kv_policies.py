@@ -19,12 +19,13 @@ from engine.kv_policies.knorm import KNorm
 from engine.kv_policies.policy import KVPolicy
 from engine.kv_policies.registry import describe, make_policy, policy_setting
 from engine.kv_policies.streaming import Streaming
+from engine.kv_policies.tova import TOVA
 from engine.kv_policies.window import SlidingWindow
 from engine.launch import LoadedModel, assemble, load_model
 from engine.sampling_params import SamplingParams
 from tests.engine.checkpoints import SHAPE, random_model, save
 from tests.engine.driving import Answer, PreemptionCount, ask, generate
-from tests.engine.kv_oracle import Oracle, heaviest, smallest_keys, window
+from tests.engine.kv_oracle import Oracle, heaviest, most_attended_now, smallest_keys, window
 
 Expected = Callable[[str, Sequence[int], Sequence[int]], Tensor]
 VOCAB = SHAPE["vocab_size"]
@@ -49,6 +50,10 @@ POLICIES: dict[str, tuple[KVPolicy, Callable[[Any, int], Oracle]]] = {
     "h2o with slack": (
         H2O(heavy=7, recent=2, slack=4, prompt_slack=13),
         lambda model, prompt: Oracle(model, after=heaviest(7, 2, (13, 4), prompt)),
+    ),
+    "tova": (
+        TOVA(keep=8, slack=1, prompt_slack=4),
+        lambda model, prompt: Oracle(model, together=most_attended_now(8, (4, 1), prompt)),
     ),
     "knorm": (
         KNorm(keep=6, recent=3, slack=3, prompt_slack=9),

@@ -12,7 +12,7 @@ from tests.kernels.attention_cases import AttentionCase, make_case
 
 
 def random_mass_case(rng: random.Random, dtype: torch.dtype) -> tuple[AttentionCase, Tensor, Tensor]:
-    """Sequences of odd lengths, the mass they had before (poison where nothing was), and which of them are selected."""
+    """Sequences of odd lengths, the mass they had before (poison where nothing was), and what each counts."""
     lengths = []
     for _ in range(rng.randint(1, 4)):
         keys = rng.choice([1, 2, 15, 16, 17, 63, 64, 65, 130])
@@ -29,7 +29,7 @@ def random_mass_case(rng: random.Random, dtype: torch.dtype) -> tuple[AttentionC
     for b, (queries, keys) in enumerate(lengths):
         for slot in range(keys - queries):
             mass[case.block_tables[b, slot // mass.shape[2]], :, slot % mass.shape[2]] = rng.random()
-    return case, mass, torch.tensor([rng.random() < 0.7 for _ in lengths])
+    return case, mass, torch.tensor([rng.choice([0, 1, 1, 2]) for _ in lengths], dtype=torch.uint8)
 
 
 def arguments(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
@@ -41,7 +41,7 @@ def test_the_reference_sums_the_columns_of_a_causal_softmax() -> None:
     mass = torch.full(case.key_cache.shape[:3], torch.nan)
     table = case.block_tables[0]
     mass[table[0], :, :4] = 7.0
-    attention_mass(*arguments(case), mass, torch.tensor([True]))
+    attention_mass(*arguments(case), mass, torch.tensor([1], dtype=torch.uint8))
     keys = torch.stack([case.key_cache[table[j // 16], :, j % 16] for j in range(9)], dim=1).double()
     scores = case.q.double().transpose(0, 1) @ keys.repeat_interleave(3, 0).mT * case.scale
     hidden = torch.arange(9) > torch.arange(4, 9)[:, None]
@@ -51,12 +51,26 @@ def test_the_reference_sums_the_columns_of_a_causal_softmax() -> None:
     assert mass[table[0], :, 9:].isnan().all()
 
 
+def test_where_the_last_query_counts_nothing_is_left_of_others(ops: NativeOps) -> None:
+    case, last = make_case([(6, 30)]), torch.tensor([2], dtype=torch.uint8)
+    mass = torch.full(case.key_cache.shape[:3], 9.0)
+    ops.attention_mass(*arguments(case), mass, last)
+    single = torch.zeros(case.key_cache.shape[:3])
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    ops.attention_mass(case.q[-1:], case.key_cache, case.block_tables, starts, case.seq_lens, case.scale, single, last)
+    seen = [(int(case.block_tables[0, j // 16]), j % 16) for j in range(30)]
+    for block, offset in seen:
+        torch.testing.assert_close(mass[block, :, offset], single[block, :, offset])
+    total = sum(mass[block, :, offset] for block, offset in seen)
+    torch.testing.assert_close(total, torch.tensor([3.0, 3.0]))
+
+
 def test_native_equals_the_reference_on_odd_shapes(ops: NativeOps, dtype: torch.dtype, rng: random.Random) -> None:
     for _ in range(5):
-        case, mass, selected = random_mass_case(rng, dtype)
+        case, mass, counted = random_mass_case(rng, dtype)
         expected = mass.clone()
-        attention_mass(*arguments(case.in_float32()), expected, selected)
-        ops.attention_mass(*arguments(case), mass, selected)
+        attention_mass(*arguments(case.in_float32()), expected, counted)
+        ops.attention_mass(*arguments(case), mass, counted)
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(mass, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
@@ -72,7 +86,14 @@ def test_a_prompt_in_chunks_gathers_the_same_mass_as_a_whole_one(ops: NativeOps)
             starts = torch.tensor([0, size], dtype=torch.int32)
             q = whole.q[begin:end]
             ops.attention_mass(
-                q, whole.key_cache, whole.block_tables, starts, lengths, whole.scale, mass, torch.tensor([True])
+                q,
+                whole.key_cache,
+                whole.block_tables,
+                starts,
+                lengths,
+                whole.scale,
+                mass,
+                torch.tensor([1], dtype=torch.uint8),
             )
         masses.append(mass)
     torch.testing.assert_close(*masses, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -82,12 +103,14 @@ def test_a_needed_block_that_does_not_exist_is_refused(ops: NativeOps) -> None:
     case = make_case([(1, 40)])
     case.block_tables[0, 1] = 2**31 - 7
     with pytest.raises(IndexError, match="block"):
-        ops.attention_mass(*arguments(case), torch.zeros(case.key_cache.shape[:3]), torch.tensor([True]))
+        ops.attention_mass(
+            *arguments(case), torch.zeros(case.key_cache.shape[:3]), torch.tensor([1], dtype=torch.uint8)
+        )
 
 
 def test_arguments_that_do_not_fit_each_other_are_refused(ops: NativeOps) -> None:
-    case, selected = make_case([(1, 40)]), torch.tensor([True])
+    case, counted = make_case([(1, 40)]), torch.tensor([1], dtype=torch.uint8)
     mass = torch.zeros(case.key_cache.shape[:3])
-    for wrong_mass, wrong_selection in ((mass[1:], selected), (mass.double(), selected), (mass, selected.int())):
+    for wrong_mass, wrong_counts in ((mass[1:], counted), (mass.double(), counted), (mass, counted.int())):
         with pytest.raises(ValueError, match="attention_mass: "):
-            ops.attention_mass(*arguments(case), wrong_mass, wrong_selection)
+            ops.attention_mass(*arguments(case), wrong_mass, wrong_counts)
