@@ -87,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
 
     def intrude(label: str, url: str) -> "list[Intrusion]":
         server = Server(url, timeout=args.timeout)
-        return loop.run(intrusion.intrude_all(server, running, prompts, quiet=args.quiet, label=label))
+        found = loop.run(intrusion.intrude_all(server, running, prompts, quiet=args.quiet, label=label))
+        for one in found:  # what cannot be summarized is an error now, not after all the other servers
+            summarize_stall([one], args.quiet)
+        return found
 
     servers = [(f"{budget}", ["--max-num-batched-tokens", f"{budget}", "--no-prefix-caching"]) for budget in budgets]
     happened, interrupted = local_server.measure_each(args, servers, intrude)

@@ -165,6 +165,13 @@ def test_budgets_are_compared_on_servers_that_understand_their_flags(
     assert all(f"<!-- {budget} tokens per step -->" in bench.drawn for budget in ("256", "2,048"))
 
 
+def test_a_prompt_that_stalls_nobody_ends_it_at_the_first_server(bench: Bench) -> None:
+    bench.fake.stall, bench.fake.gap = 0.0, 0.08
+    with pytest.raises(OctavoError, match="too short to stall any"):
+        bench.run("--budgets", "256,2048", "--repeats", "1", "--quiet", "0.3")
+    assert sum(len(body["prompt"]) == 101 for body in bench.fake.bodies) == 2, "a warm-up and one more"
+
+
 def test_one_running_server_is_measured_as_it_is(bench: Bench) -> None:
     outcome = bench.run("--base-url", bench.fake.url, "--repeats", "2", plot=True)
     assert (outcome.code, outcome.started) == (0, [])
