@@ -9,6 +9,7 @@ import contextlib
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
-from engine.errors import EngineDeadError, InvalidRequestError, RequestTimeoutError
+from engine.errors import ConfigError, EngineDeadError, InvalidRequestError, RequestTimeoutError
 from engine.kv_policies.fit import budget_refusal
 from engine.kv_policies.policy import KVPolicy
 from engine.model_runner import ModelRunner
@@ -70,7 +71,10 @@ class EngineStats:
 
 
 class AsyncEngine:
-    """Serves requests from one model. Everything but the model's step runs on the event loop that called `start`."""
+    """Serves requests from one model. Everything but the model's step runs on the event loop that called `start`.
+
+    Raises ConfigError if this model cannot be run under the default KV policy.
+    """
 
     def __init__(
         self,
@@ -97,6 +101,10 @@ class AsyncEngine:
         self._task: asyncio.Task[None] | None = None
         self._failed = False
         self._step_began: float | None = None
+        try:
+            self._budget(config.kv_policy)
+        except InvalidRequestError as error:
+            raise ConfigError(f"--kv-policy: {error}") from None
 
     @property
     def model_name(self) -> str:
@@ -194,6 +202,20 @@ class AsyncEngine:
             num_host_blocks=0 if host is None else host.num_blocks,
         )
 
+    def slots_by_policy(self) -> Mapping[str, int]:
+        """KV slots that running sequences hold now, by their policy's name; what several share counts for each."""
+        slots: Counter[str] = Counter()
+        for state in self._states.values():
+            slots[state.policy.name] += state.num_slots
+        return slots
+
+    def is_endless(self, policy: KVPolicy) -> bool:
+        """Whether a request under the policy may go on past the context length.
+
+        It may where no query is farther from a key that it sees than a window reaches.
+        """
+        return isinstance(policy.budget(), Window)
+
     # A request's way in and out
 
     def _request(
@@ -207,7 +229,7 @@ class AsyncEngine:
             raise InvalidRequestError(f"best_of must be at least n ({params.n})", param="best_of")
         if params.logprobs is not None and not 0 <= params.logprobs <= self.info.vocab_size:
             raise InvalidRequestError(f"logprobs must be from 0 to {self.info.vocab_size}", param="logprobs")
-        max_tokens = self._max_tokens(len(prompt), params.max_tokens, endless=isinstance(budget, Window))
+        max_tokens = self._max_tokens(len(prompt), params.max_tokens, endless=self.is_endless(policy))
         if max_tokens < 1:
             raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
         if params.min_tokens > max_tokens:

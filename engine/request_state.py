@@ -14,7 +14,7 @@ from engine.sampler import Sample, SampleRow
 from engine.sampling_params import SamplingParams
 from engine.text_stream import TextStream
 from engine.tokenizer import Tokenizer
-from scheduler.request import FinishReason, Request, Sequence
+from scheduler.request import FinishReason, Request, Sequence, Status
 
 
 class RequestStream:
@@ -29,6 +29,8 @@ class RequestStream:
         """So far, those of continuations that lost to others included."""
         self.evicted_tokens = 0
         """Tokens whose KV the request's policy took so far, again if they had to be recomputed."""
+        self.kv_slots = 0
+        """KV slots that the continuations, or the last beams, held when they ended; known with the last output."""
         self._abort = abort
         self._queue: asyncio.Queue[Output | OctavoError | None] = asyncio.Queue()
         self._ended = False
@@ -103,6 +105,11 @@ class RequestState:
     def ended(self) -> bool:
         """Whether every continuation's end has been told to the client."""
         return not any(continuation.open for continuation in self._continuations)
+
+    @property
+    def num_slots(self) -> int:
+        """KV slots that its running sequences hold."""
+        return sum(one.num_slots for one in self.request.sequences if one.status is Status.RUNNING)
 
     def evict(self, tokens: int, observer: EngineObserver) -> None:
         """Note that a sequence of the request lost the KV of so many tokens to the policy."""
@@ -194,6 +201,7 @@ class RequestState:
         if output.finish_reason is not None:
             self._close(continuation, output.finish_reason, now, observer)
             if self.ended:
+                self.stream.kv_slots = sum(one.num_slots for one in self.request.sequences)
                 if self._params.ranked:
                     self._put_best()
                 self.stream.put(None)

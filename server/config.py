@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from engine.config import check, setting
+from engine.errors import ConfigError
+from engine.kv_policies.registry import POLICIES
 from engine.setting_values import boolean, choice, integer, memory, number, path, text, texts
 
 
@@ -46,6 +48,18 @@ class ServerConfig(LogConfig):
         "auto takes the key where there is more than one",
         metavar="WHICH",
     )
+    kv_policy_allow: tuple[str, ...] = setting(
+        (),
+        texts,
+        "KV policy that requests may name, beside the default; may be given more than once; all by default",
+        metavar="NAME",
+    )
+    max_stream_tokens: int = setting(
+        1_000_000,
+        integer(1),
+        "output tokens of a request whose KV policy lets it run past the context length, at most, all choices together",
+        metavar="N",
+    )
     max_body_size: int = setting(8 * 2**20, memory, "size of a request's body, at most", metavar="SIZE")
     drain_timeout: float = setting(
         30.0, number(0, 86400), "seconds that running requests get to finish on SIGTERM", metavar="S"
@@ -56,3 +70,8 @@ class ServerConfig(LogConfig):
 
     def __post_init__(self) -> None:
         check(self)
+        for name in self.kv_policy_allow:
+            if name not in POLICIES:
+                raise ConfigError(
+                    f"--kv-policy-allow: there is no policy {name!r}, but {', '.join(map(repr, POLICIES))}"
+                )

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Self
 
 from starlette.types import Receive
 
+from engine.kv_policies.full import Full
+from engine.kv_policies.policy import KVPolicy
+from engine.kv_policies.registry import describe
 from engine.outputs import Output
 from engine.sampling_params import SamplingParams
 from server.admission import admit
@@ -24,10 +27,11 @@ Outputs = AsyncGenerator[tuple[int, Output], None]
 class Generation:
     """The streams of a request's prompts, ``n`` choices each; choice index = prompt · n + continuation."""
 
-    def __init__(self, streams: Sequence["RequestStream"], n: int, prompt_tokens: int) -> None:
+    def __init__(self, streams: Sequence["RequestStream"], n: int, prompt_tokens: int, kv_policy: KVPolicy) -> None:
         self._streams = streams
         self._n = n
         self._prompt_tokens = prompt_tokens
+        self._kv_policy = kv_policy
         self._client_left = False
 
     @classmethod
@@ -38,6 +42,7 @@ class Generation:
         params: SamplingParams,
         standing: Standing,
         *,
+        kv_policy: KVPolicy,
         cache_salt: str | None,
         request_id: str,
     ) -> Self:
@@ -60,13 +65,14 @@ class Generation:
                     priority=standing.priority,
                     tenant=standing.tenant,
                     timeout=timeout,
+                    kv_policy=kv_policy,
                 )
                 streams.append(stream)
         except BaseException:
             for stream in streams:
                 stream.abort()
             raise
-        return cls(streams, params.n, sum(map(len, prompts)))
+        return cls(streams, params.n, sum(map(len, prompts)), kv_policy)
 
     def abort(self) -> None:
         """Free everything at once; ``outputs`` ends. Harmless when all is done."""
@@ -75,14 +81,21 @@ class Generation:
 
     @property
     def usage(self) -> dict[str, object]:
-        """OpenAI's usage object, of what has been generated so far."""
+        """OpenAI's usage object, of what has been generated so far; with ``kv`` where a policy kept the cache small."""
         prompt, generated = self._prompt_tokens, sum(one.generated_tokens for one in self._streams)
-        return {
+        usage: dict[str, object] = {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in self._streams)},
         }
+        if not isinstance(self._kv_policy, Full):
+            usage["kv"] = {
+                "policy": describe(self._kv_policy),
+                "evicted_tokens": sum(one.evicted_tokens for one in self._streams),
+                "slots": sum(one.kv_slots for one in self._streams),
+            }
+        return usage
 
     async def outputs(self) -> Outputs:
         """(choice index, output) of all prompts, as they come.

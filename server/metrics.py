@@ -18,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
+from engine.kv_policies.registry import POLICIES
 from engine.observer import EngineObserver
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ LABELLED_COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "request_success_total": ("Requests ended.", "finished_reason", ("stop", "length", "abort", "timeout", "error")),
     "requests_rejected_total": ("Requests not let in.", "reason", ("queue", "queue_tokens", "not_ready")),
     "kv_blocks_swapped_total": ("KV blocks moved to the host tier and back.", "direction", ("out", "in")),
+    "kv_tokens_evicted_total": ("Tokens whose KV a policy took.", "policy", tuple(POLICIES)),
 }
 """Those with one more label: help line, the label's name and its values."""
 
@@ -173,6 +175,11 @@ class Metrics(EngineObserver, Collector):
         self._labelled["kv_blocks_swapped_total"]["out"] += out
         self._labelled["kv_blocks_swapped_total"]["in"] += back
 
+    def on_eviction(self, *, policy: str, tokens: int) -> None:
+        """Tokens lost their KV."""
+        evicted = self._labelled["kv_tokens_evicted_total"]
+        evicted[policy] = evicted.get(policy, 0) + tokens  # programs may bring policies of their own
+
     def on_prefix_cache(self, *, queried_tokens: int, hit_tokens: int) -> None:
         """A prompt was looked up in the prefix cache."""
         self._counters["prefix_cache_queries_total"] += queried_tokens
@@ -252,6 +259,12 @@ class Metrics(EngineObserver, Collector):
             )
             info.add_metric([*labels, str(stats.block_size), str(stats.num_blocks)], 1)
             yield info
+            slots = GaugeMetricFamily(
+                PREFIX + "kv_policy_slots", "KV slots that running sequences hold.", labels=["model_name", "policy"]
+            )
+            for policy, count in {**dict.fromkeys(POLICIES, 0), **self._engine.slots_by_policy()}.items():
+                slots.add_metric([*labels, policy], count)
+            yield slots
         for name, (help_line, value) in values.items():
             gauge = GaugeMetricFamily(PREFIX + name, help_line, labels=["model_name"])
             gauge.add_metric(labels, value)

@@ -21,6 +21,7 @@ from pydantic import (
 
 from engine.beam_search import MAX_LENGTH_PENALTY
 from engine.errors import InvalidRequestError
+from server.kv_policy import KVPolicyField
 
 MAX_N = 128
 MAX_STOPS = 4
@@ -225,8 +226,8 @@ class SamplingBody(Body):
     user: Annotated[str, Field(max_length=MAX_USER_LENGTH)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
+    kv_policy: KVPolicyField = None
 
-    kv_policy: Annotated[Any, unserved("full", {"type": "full"})] = None
     bad_words: Annotated[Any, unserved([])] = None
     allowed_token_ids: Annotated[Any, unserved()] = None
     prompt_logprobs: Annotated[Any, unserved()] = None

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from starlette.requests import Request
 
 from engine.errors import InvalidRequestError
+from engine.kv_policies.policy import KVPolicy
 from server.chat_template import ChatTemplate
 from server.config import ServerConfig
 from server.errors import ApiError
+from server.kv_policy import choose_policy
 from server.protocol import Body, Message, SamplingBody, TokenIds
 from server.standing import Standing, Tenants, standing_of
 
@@ -84,6 +86,14 @@ class Serving:
         """
         tenant = self.tenants.name(request.scope, body.user)
         return standing_of(body, tenant, scheduling=self.engine.config.scheduling, arrival=arrival)
+
+    def kv_policy(self, body: SamplingBody) -> KVPolicy:
+        """Which tokens of a request keep their KV.
+
+        Raises:
+            InvalidRequestError: it names a policy that is not allowed here.
+        """
+        return choose_policy(body.kv_policy, self.engine.config.kv_policy, self.config.kv_policy_allow)
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool, param: str) -> list[TokenIds]:
         """Token ids of each text.
@@ -164,25 +174,39 @@ class Serving:
         if ids and not (min(ids) >= 0 and max(ids) < size):
             raise InvalidRequestError(f"{param}: token ids must be from 0 to {size - 1}", param=param)
 
-    def room(self, prompts: Sequence[TokenIds], max_tokens: int | None, param: str) -> int:
-        """The tokens that the longest prompt leaves to be generated.
+    def room(
+        self, prompts: Sequence[TokenIds], max_tokens: int | None, param: str, *, body: SamplingBody, policy: KVPolicy
+    ) -> int:
+        """The tokens that the longest prompt leaves to be generated within the context length.
 
         Raises:
-            InvalidRequestError: a prompt is empty, or does not fit with ``max_tokens`` (None: with one) more.
+            InvalidRequestError: a prompt is empty, or does not fit with ``max_tokens`` (None: with one) more; or the
+                policy lets the request go beyond, and it asks for more than anyone may.
         """
         limit = self.engine.max_model_len
         lengths = [len(prompt) for prompt in prompts]
         if not all(lengths):
             raise InvalidRequestError("a prompt must have at least one token", param=param)
+        room = limit - max(lengths)
         wanted = 1 if max_tokens is None else max_tokens
-        if max(lengths) + wanted > limit:
+        if max_tokens is not None and max_tokens > room >= 0 and self.engine.is_endless(policy):
+            self._check_stream(max_tokens * len(prompts) * (body.best_of or body.n or 1))
+        elif wanted > room:
             raise InvalidRequestError(
                 f"the model's context length is {limit} tokens; the request has {max(lengths)} in its prompt "
                 f"and asks for {wanted} more",
                 param=param,
                 code="context_length_exceeded",
             )
-        return limit - max(lengths)
+        return room
+
+    def _check_stream(self, wanted: int) -> None:
+        if wanted > self.config.max_stream_tokens:
+            raise InvalidRequestError(
+                f"max_tokens: {wanted} output tokens in all are more than the {self.config.max_stream_tokens} that a "
+                "request which runs past the model's context length may have here",
+                param="max_tokens",
+            )
 
     @cached_property
     def _longest_token(self) -> int:

@@ -60,7 +60,7 @@ async def chat_completions(request: Request) -> Response:
 
 
 async def _start(serving: Serving, body: ChatRequest, standing: Standing) -> Job:
-    model = serving.model(body.model)
+    model, policy = serving.model(body.model), serving.kv_policy(body)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != wanted:
         raise InvalidRequestError("max_tokens and max_completion_tokens disagree", param="max_tokens")
@@ -69,7 +69,7 @@ async def _start(serving: Serving, body: ChatRequest, standing: Standing) -> Job
         add_generation_prompt=body.add_generation_prompt,
         variables=body.chat_template_kwargs,
     )
-    room = serving.room([prompt], wanted, "messages")
+    room = serving.room([prompt], wanted, "messages", body=body, policy=policy)
     params = sampling_params(
         body,
         serving,
@@ -78,7 +78,7 @@ async def _start(serving: Serving, body: ChatRequest, standing: Standing) -> Job
     )
     head = head_of("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", model)
     generation = Generation.submit(
-        serving, [prompt], params, standing, cache_salt=body.cache_salt, request_id=head["id"]
+        serving, [prompt], params, standing, kv_policy=policy, cache_salt=body.cache_salt, request_id=head["id"]
     )
     return Job(body, serving, head, generation)
 

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from engine.kv_policies.policy import KVPolicy
 from server.admission import check_ready
 from server.answers import Choice, answer, collect, head_of
 from server.generation import Generation
@@ -31,6 +32,7 @@ class Job:
     body: CompletionRequest
     serving: Serving
     standing: Standing
+    kv_policy: KVPolicy
     head: dict[str, Any]
     prompts: Sequence[TokenIds]
     echoes: Sequence[str]
@@ -61,13 +63,13 @@ async def completions(request: Request) -> Response:
 
 async def _prepare(serving: Serving, body: CompletionRequest, standing: Standing) -> Job:
     """Everything that can refuse the request, before the engine hears of it."""
-    model = serving.model(body.model)
+    model, policy = serving.model(body.model), serving.kv_policy(body)
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
     await serving.check_prompts(prompts, "prompt")
     if texts:  # a prompt is all texts or all ids
         prompts = await serving.encode(texts, add_special_tokens=body.add_special_tokens is not False, param="prompt")
-    room = serving.room(prompts, body.max_tokens, "prompt")
+    room = serving.room(prompts, body.max_tokens, "prompt", body=body, policy=policy)
     echoes = [""] * len(prompts)
     if body.echo:
         echoes = texts or await serving.decode(prompts)
@@ -75,10 +77,11 @@ async def _prepare(serving: Serving, body: CompletionRequest, standing: Standing
         body=body,
         serving=serving,
         standing=standing,
+        kv_policy=policy,
         head=head_of("cmpl", "text_completion", model),
         prompts=prompts,
         echoes=[echo for echo in echoes for _ in range(body.n or 1)],
-        max_tokens=min(DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens, room),
+        max_tokens=min(DEFAULT_MAX_TOKENS, room) if body.max_tokens is None else body.max_tokens,
     )
 
 
@@ -87,9 +90,15 @@ def _start(job: Job) -> Generation:
     params = sampling_params(body, serving, max_tokens=job.max_tokens, logprobs=body.logprobs)
     if not job.max_tokens:  # only the echo is wanted: that needs no engine
         check_ready(serving)
-        return Generation([], params.n, sum(map(len, job.prompts)))
+        return Generation([], params.n, sum(map(len, job.prompts)), job.kv_policy)
     return Generation.submit(
-        serving, job.prompts, params, job.standing, cache_salt=body.cache_salt, request_id=job.head["id"]
+        serving,
+        job.prompts,
+        params,
+        job.standing,
+        kv_policy=job.kv_policy,
+        cache_salt=body.cache_salt,
+        request_id=job.head["id"],
     )
 
 

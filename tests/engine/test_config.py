@@ -8,7 +8,7 @@ import pytest
 
 from engine.config import EngineConfig, add_flags, load, load_all, read_file
 from engine.errors import ConfigError
-from engine.kv_policies.streaming import Streaming
+from engine.kv_policies.window import SlidingWindow
 from engine.setting_values import memory
 from server.config import ServerConfig
 
@@ -59,11 +59,12 @@ def test_every_setting_has_a_flag_a_variable_and_a_key(cls: type, tmp_path: Path
         "batching": ("static", "static"),
         "cache_dir": ("word", Path("word")),
         "trace": ("word", Path("word")),
-        "kv_policy": ("streaming", Streaming()),
         "tenant": ("user", "user"),
         "chat_template": ("word", Path("word")),
         "api_key": ("word", ("word",)),
         "served_model_name": ("word", ("word",)),
+        "kv_policy": ("window", SlidingWindow()),
+        "kv_policy_allow": ("window", ("window",)),
     }
     for field in dataclasses.fields(cls):
         kind = str(getattr(field.type, "__name__", field.type)).removesuffix(" | None")

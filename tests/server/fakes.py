@@ -14,10 +14,12 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, OctavoError
+from engine.kv_policies.policy import KVPolicy
 from engine.outputs import Output, TokenLogprob
 from engine.sampling_params import SamplingParams
 from engine.text_stream import TextPiece, TextStream
 from engine.tokenizer import Tokenizer
+from scheduler.kv_budget import Window
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -55,11 +57,13 @@ class FakeStream:
     params: SamplingParams
     request_id: str
     order: Mapping[str, Any]
-    """Priority, tenant and timeout."""
+    """Priority, tenant, timeout and KV policy."""
     aborted: bool = False
     produced: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    evicted_tokens: int = 0
+    kv_slots: int = 0
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.prompt)
@@ -181,6 +185,12 @@ class FakeEngine:
 
     def is_ready(self) -> bool:
         return self.ready
+
+    def is_endless(self, policy: KVPolicy) -> bool:
+        return isinstance(policy.budget(), Window)
+
+    def slots_by_policy(self) -> Mapping[str, int]:
+        return {"window": 12}
 
     def stats(self) -> SimpleNamespace:
         return SimpleNamespace(

@@ -1,5 +1,6 @@
 """Whatever JSON a client sends, it is no failure of the server."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.kv_policies.registry import POLICIES
 from server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tests.server.conftest import Live
 
@@ -69,6 +71,20 @@ def test_arbitrary_json_never_gives_a_500(live: Live, path: str) -> None:
     @given(values)
     def run(body: object) -> None:
         check(live, path, body)
+
+    run()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_arbitrary_fields_of_a_policy_never_give_a_500(live: Live, name: str) -> None:
+    known = sorted(field.name for field in dataclasses.fields(POLICIES[name]))
+    fields = st.dictionaries(st.one_of(st.sampled_from(known), texts) if known else texts, scalars, max_size=4)
+
+    @calm
+    @given(fields, st.integers(0, 2**32))
+    def run(fields: dict[str, Any], max_tokens: int) -> None:
+        policy = {**fields, "type": name}
+        check(live, "/v1/completions", {"prompt": "x", "kv_policy": policy, "max_tokens": max_tokens})
 
     run()
 

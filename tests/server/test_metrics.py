@@ -24,6 +24,7 @@ GAUGES = {
     "kv_cache_usage_perc",
     "host_kv_cache_usage_perc",
     "cache_config_info",
+    "kv_policy_slots",
     "generation_throughput_toks_per_s",
     "prompt_throughput_toks_per_s",
 }
@@ -36,6 +37,7 @@ COUNTERS = {
     "request_success_total",
     "requests_rejected_total",
     "kv_blocks_swapped_total",
+    "kv_tokens_evicted_total",
 }
 HISTOGRAM_NAMES = {
     "time_to_first_token_seconds",
@@ -87,6 +89,8 @@ def test_gauges_show_the_engines_state(metrics: Metrics) -> None:
     assert found["octavo:num_queued_tokens", frozenset()] == 70
     assert found["octavo:kv_cache_usage_perc", frozenset()] == 0.25
     assert found["octavo:host_kv_cache_usage_perc", frozenset()] == 0.5
+    assert found["octavo:kv_policy_slots", frozenset({("policy", "window")})] == 12
+    assert found["octavo:kv_policy_slots", frozenset({("policy", "full")})] == 0
     assert found["octavo:cache_config_info", frozenset({("block_size", "16"), ("num_blocks", "16")})] == 1
 
 
@@ -147,6 +151,16 @@ def test_moved_blocks_are_counted_by_direction(metrics: Metrics) -> None:
     found = samples(metrics.render())
     assert found["octavo:kv_blocks_swapped_total", frozenset({("direction", "out")})] == 4
     assert found["octavo:kv_blocks_swapped_total", frozenset({("direction", "in")})] == 2
+
+
+def test_evicted_tokens_are_counted_under_any_policys_name(metrics: Metrics) -> None:
+    metrics.on_eviction(policy="window", tokens=3)
+    metrics.on_eviction(policy="my own", tokens=2)
+    metrics.on_eviction(policy="my own", tokens=2)
+    found = samples(metrics.render())
+    counts = {"full": 0, "window": 3, "my own": 4}
+    for policy, count in counts.items():
+        assert found["octavo:kv_tokens_evicted_total", frozenset({("policy", policy)})] == count
 
 
 def test_blocks_that_a_scheduler_swaps_show_on_the_page() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from engine.kv_policies.registry import POLICIES, describe
 from server.config import ServerConfig
 from server.version import version
 from tests.server.conftest import Live
@@ -49,6 +50,13 @@ def test_the_api_describes_its_bodies(live: Live) -> None:
         fields = description["components"]["schemas"][name]["properties"]
         assert {own, "best_of", "use_beam_search", "length_penalty"} < fields.keys()
         assert fields["early_stopping"]["enum"] == [True, False, "never", None]
+        name, *objects, null = fields["kv_policy"]["anyOf"]
+        assert name == {"type": "string", "enum": list(POLICIES)}
+        assert null == {"type": "null"}
+        for policy, described in zip(POLICIES.values(), objects, strict=True):
+            assert described["required"] == ["type"]
+            given = {one: field.get("default", field.get("const")) for one, field in described["properties"].items()}
+            assert given == describe(policy())
     assert live.http.get("/docs").status_code == 200
 
 
