@@ -56,12 +56,11 @@ class KVCache:
         return config.kv_values_per_token * block_size * dtype.itemsize
 
     def transfer(self, transfers: Transfers) -> None:
-        """Move blocks for forks, to the host, back from it, and for copies, in this order."""
+        """Move blocks to the host, on the device, and back from the host, in this order."""
         for device, host in ((self._device, self._host), (self._mass, self._host_mass)):
-            _move(device, device, transfers.forks)
             _move(device, host, transfers.out)
-            _move(host, device, transfers.back)
             _move(device, device, transfers.copies)
+            _move(host, device, transfers.back)
 
 
 def _move(origin: Sequence[Tensor], target: Sequence[Tensor], moves: Sequence[Move]) -> None:

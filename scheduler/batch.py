@@ -34,7 +34,7 @@ class ScheduledSequence(NamedTuple):
 
 
 class Transfers(NamedTuple):
-    """Blocks to move before a step computes: all ``forks``, all of ``out``, then all of ``back``, then all ``copies``.
+    """Blocks to move before a step computes: all of ``out``, then all ``copies``, then all of ``back``.
 
     Within each group all sources are read before any destination is written.
     """
@@ -45,8 +45,6 @@ class Transfers(NamedTuple):
     """(host block, device block)."""
     copies: tuple[Move, ...] = ()
     """(device block, device block), of each copy-on-write."""
-    forks: tuple[Move, ...] = ()
-    """(device block, device block), of each fork that may share nothing; decided when the step before had ended."""
 
 
 class Compaction(NamedTuple):

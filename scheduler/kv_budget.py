@@ -86,9 +86,8 @@ class Selection:
 
     def max_blocks(self, step_tokens: int, block_size: int) -> int:
         """Blocks that it takes at most, those included that the first selection out of shared blocks goes to."""
-        slots = self.slots + max(self.slack, self.prompt_slack)
-        fresh = 0 if self.keeps_mass else -(-self.slots // block_size)
-        return -(-slots // block_size) + fresh
+        blocks = -(-(self.slots + max(self.slack, self.prompt_slack)) // block_size)
+        return blocks if self.keeps_mass else 2 * blocks
 
     def is_due(self, num_slots: int, *, in_prompt: bool) -> bool:
         """Whether the policy has to select before the next token."""

@@ -35,7 +35,6 @@ class KVMemory:
         self._out: list[Move] = []
         self._back: list[Move] = []
         self._copies: list[Move] = []
-        self._forks: list[Move] = []
         self._held: list[int] = []
         self._retired: list[int] = []
         self._evicted: list[tuple[Sequence, int]] = []
@@ -61,10 +60,10 @@ class KVMemory:
         if self.host is not None:
             self.host.release(self._held)
             self._held = []
-        if not (self._out or self._back or self._copies or self._forks):
+        if not (self._out or self._back or self._copies):
             return _NOTHING
-        transfers = Transfers(tuple(self._out), tuple(self._back), tuple(self._copies), tuple(self._forks))
-        self._out, self._back, self._copies, self._forks = [], [], [], []
+        transfers = Transfers(tuple(self._out), tuple(self._back), tuple(self._copies))
+        self._out, self._back, self._copies = [], [], []
         return transfers
 
     def check(self, live: Iterable[Sequence]) -> None:
@@ -82,12 +81,12 @@ class KVMemory:
     # a sequence's blocks grow
 
     def blocks_needed(self, sequence: Sequence, num_tokens: int) -> int:
-        """Free blocks that its next ``num_tokens`` tokens take, one for a copy-on-write included."""
+        """Free blocks that its next ``num_tokens`` tokens take, those for copies on write included."""
         budget = sequence.request.kv_budget
         if isinstance(budget, Selection) and budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt):
             return len(self._to_replace(sequence, budget.slots + num_tokens))
         end = sequence.num_slots + num_tokens
-        return self._num_blocks(end) - len(sequence.block_table) + self._writes_shared(sequence)
+        return self._num_blocks(end) - len(sequence.block_table) + len(self._writes_shared(sequence))
 
     def missing_blocks(self, sequence: Sequence) -> int:
         """Blocks that it will still ask for before all tokens it has now are computed."""
@@ -113,11 +112,11 @@ class KVMemory:
             return
         table, start = sequence.block_table, sequence.num_slots
         end, first = start + num_tokens, start // self.block_size
-        if self._writes_shared(sequence):  # copy-on-write
+        for index in self._writes_shared(sequence):  # copy-on-write
             (block,) = self._allocate(1)
-            self._copies.append((table[first], block))
-            self.device.release([table[first]])
-            table[first] = block
+            self._copies.append((table[index], block))
+            self.device.release([table[index]])
+            table[index] = block
         missing = self._num_blocks(end) - len(table)
         if missing:
             table.extend(self._allocate(missing))
@@ -152,22 +151,12 @@ class KVMemory:
             Compaction(sequence, source[: self._num_blocks(num_slots)], num_slots, target, num_kept)
         )
 
-    def fork(self, parent: Sequence, child: Sequence) -> bool:
-        """Let the child share all that the parent has, or have a copy where it may not; False if that finds no room."""
-        budget = parent.request.kv_budget
-        if isinstance(budget, Selection) and budget.keeps_mass:
-            if len(parent.block_table) > self.device.num_free:
-                return False
-            child.block_table = array("i", self._allocate(len(parent.block_table)))
-            self._forks += zip(parent.block_table, child.block_table, strict=True)
-            self.device.share(parent.block_table)
-            self._retired += parent.block_table  # read when the next step begins, whatever has become of the parent
-        else:
-            self.device.share(parent.block_table)
-            child.block_table = parent.block_table[:]
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let the child share all that the parent has."""
+        self.device.share(parent.block_table)
+        child.block_table = parent.block_table[:]
         child.num_computed_tokens = parent.num_computed_tokens
         child.num_dropped = parent.num_dropped
-        return True
 
     # it comes and goes
 
@@ -200,6 +189,7 @@ class KVMemory:
 
     def swap_out(self, sequence: Sequence) -> bool:
         """Move all that it has to the host tier, where it stays until it comes back. False if there is no room."""
+        self.drop(sequence)  # so that it comes back with what its next token sees, and no more
         count = self._num_blocks(sequence.num_slots)
         if self.host is None or count == 0:
             return False
@@ -244,10 +234,16 @@ class KVMemory:
         most = budget.max_blocks(min(sequence.num_uncomputed_tokens, self._step_tokens), self.block_size)
         return most if isinstance(budget, Selection) else min(most, self._num_blocks(num_slots))
 
-    def _writes_shared(self, sequence: Sequence) -> bool:
-        """Whether the block that its next token goes to is there already, and others hold it too."""
-        index, table = sequence.num_slots // self.block_size, sequence.block_table
-        return index < len(table) and self.device.ref_count(table[index]) > 1
+    def _writes_shared(self, sequence: Sequence) -> list[int]:
+        """The entries of the table that its next token writes to and others hold too.
+
+        That is the block which the token goes to, if it is there already; of a sequence that counts attention, all.
+        """
+        table, budget = sequence.block_table, sequence.request.kv_budget
+        first = sequence.num_slots // self.block_size
+        if isinstance(budget, Selection) and budget.keeps_mass:
+            first = 0
+        return [index for index in range(first, len(table)) if self.device.ref_count(table[index]) > 1]
 
     def _keys(self, sequence: Sequence, num_slots: int) -> list[bytes]:
         """The prefix-index keys of the whole blocks at its table's beginning; none of those that a budget changed."""
@@ -261,8 +257,14 @@ class KVMemory:
 
         The last token is always computed, since its logits are wanted: it never comes from a cache.
         """
+        wanted = sequence.num_tokens - 1
+        budget = sequence.request.kv_budget
+        if budget is not None:
+            # One token less than could be shared: then nothing is dropped or selected in the step that finds it, which
+            # may be the step that computes it.
+            wanted = max(min(wanted, budget.num_exact - 1), 0)
         kept: list[tuple[int, bool]] = []
-        for key in self._keys(sequence, sequence.num_tokens - 1):
+        for key in self._keys(sequence, wanted):
             found = self._find(key)
             if found is None:
                 break
@@ -272,6 +274,8 @@ class KVMemory:
     def _swapped(self, sequence: Sequence) -> list[tuple[int, bool]]:
         """The blocks of what was swapped out, each the host's unless the device still has the same."""
         kept = [(block, True) for block in sequence.host_table]
+        if isinstance(sequence.request.kv_budget, Selection):  # it may have to select at once: see `_cached`
+            return kept
         for index, key in enumerate(self._keys(sequence, sequence.num_slots)):
             block = self.device.index.find(key)
             if block is not None:

@@ -396,8 +396,8 @@ class Scheduler:
     def _fork(self, parent: Sequence) -> Sequence:
         """One more continuation, sharing every block so far; where it has no place it waits, and holds nothing."""
         child = parent.fork()
-        has_place = parent.status is Status.RUNNING and len(self._running) < self.config.max_num_seqs
-        if has_place and self._memory.fork(parent, child):
+        if parent.status is Status.RUNNING and len(self._running) < self.config.max_num_seqs:
+            self._memory.fork(parent, child)
             child.status = Status.RUNNING
         insort(self._running if child.status is Status.RUNNING else self._returning, child, key=_rank)
         return child

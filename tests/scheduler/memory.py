@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Seq
 
-from scheduler.batch import Move, ScheduledBatch
+from scheduler.batch import Move, ScheduledBatch, Transfers
 from scheduler.request import Sequence
 
 Content = tuple[int, ...]
@@ -20,9 +20,7 @@ class RecordingMemory:
 
     def execute(self, batch: ScheduledBatch) -> None:
         """Write what the batch computes and assert that every sequence then reads its own past, and nothing else."""
-        self._move(self._slots, self._host, batch.transfers.out)
-        self._move(self._host, self._slots, batch.transfers.back)
-        self._move(self._slots, self._slots, batch.transfers.copies)
+        self.transfer(batch.transfers)
         written: set[tuple[int, int]] = set()
         for item in batch.items:
             past = tuple(item.sequence.tokens)
@@ -37,6 +35,12 @@ class RecordingMemory:
             for position in range(item.start + len(item.tokens)):
                 block, offset = item.block_table[position // self.block_size], position % self.block_size
                 assert self._slots[block][offset] == past[: position + 1], "a sequence reads KV that is not its own"
+
+    def transfer(self, transfers: Transfers) -> None:
+        """Move blocks in the order that `Transfers` states."""
+        self._move(self._slots, self._host, transfers.out)
+        self._move(self._slots, self._slots, transfers.copies)
+        self._move(self._host, self._slots, transfers.back)
 
     def _move(self, origin: Blocks, target: Blocks, moves: Seq[Move]) -> None:
         contents = [list(origin[source]) for source, _ in moves]

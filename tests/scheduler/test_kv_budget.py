@@ -1,0 +1,222 @@
+"""KV budgets: what they promise in integers, and random histories in which requests with all kinds of them mix."""
+
+from array import array
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from scheduler.batch import Compaction, ScheduledBatch
+from scheduler.kv_budget import KVBudget, Selection, Window
+from scheduler.request import Request, Status, StopRule
+from scheduler.scheduler import Scheduler, SchedulerConfig
+from tests.scheduler.memory import Content, RecordingMemory, step_tokens
+
+windows = st.builds(Window, window=st.integers(1, 12), sinks=st.integers(0, 6))
+selections = st.builds(
+    Selection,
+    slots=st.integers(1, 10),
+    slack=st.integers(1, 5),
+    prompt_slack=st.integers(1, 8),
+    counted=st.sampled_from(["none", "all"]),
+)
+
+
+@given(budget=windows, block_size=st.sampled_from([1, 2, 4, 16]), chunks=st.lists(st.integers(1, 20), max_size=12))
+def test_a_window_drops_just_the_blocks_that_no_token_to_come_sees(
+    budget: Window, block_size: int, chunks: list[int]
+) -> None:
+    blocks: list[int] = []  # of the table, by the position at which each begins
+    computed = dropped = 0
+    for chunk in chunks:
+        first, count = budget.droppable(computed, dropped, block_size)
+        gone = blocks[first : first + count]
+        del blocks[first : first + count]
+        dropped += count * block_size
+        seen = {p for p in range(computed) if p < budget.sinks or computed - p < budget.window}
+        assert not any(begin <= p < begin + block_size for begin in gone for p in seen)
+        later = [begin for begin in blocks if begin >= budget.num_sink_blocks(block_size) * block_size]
+        assert all(
+            any(begin <= p < begin + block_size for p in seen) for begin in later if begin + block_size <= computed
+        )
+        while dropped + len(blocks) * block_size < computed + chunk:
+            blocks.append(dropped + len(blocks) * block_size)
+        assert len(blocks) <= budget.max_blocks(chunk, block_size)
+        computed += chunk
+
+
+@given(budget=selections, num_prompt=st.integers(1, 30), steps=st.lists(st.integers(1, 9), max_size=30))
+def test_when_a_selection_is_due_does_not_depend_on_the_chunks(
+    budget: Selection, num_prompt: int, steps: list[int]
+) -> None:
+    def selections_at(wanted: list[int]) -> list[int]:
+        """The numbers of computed tokens at which the policy selects."""
+        sequence = Request("r", [0] * num_prompt, StopRule(max_tokens=1), kv_budget=budget).sequences[0]
+        found = []
+        for number in wanted:
+            left = number
+            while left:
+                if budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt):
+                    found.append(sequence.num_computed_tokens)
+                    now = min(left, sequence.max_step)
+                    sequence.num_dropped += sequence.num_slots - budget.slots
+                else:
+                    now = min(left, sequence.max_step)
+                sequence.num_computed_tokens += now
+                left -= now
+                assert sequence.num_slots <= budget.slots + max(budget.slack, budget.prompt_slack)
+        return found
+
+    assert selections_at(steps) == selections_at([1] * sum(steps))
+
+
+@pytest.mark.parametrize("fields", [{"window": 0}, {"window": 1, "sinks": -1}])
+def test_a_window_that_sees_nothing_is_refused(fields: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="a window has at least 1 token"):
+        Window(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"slots": 0}, {"slots": 1, "slack": 0}, {"slots": 1, "prompt_slack": 0}])
+def test_a_selection_of_nothing_is_refused(fields: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="a selection has at least 1 slot"):
+        Selection(**fields)
+
+
+def test_only_what_a_budget_leaves_as_it_is_comes_from_the_prefix_cache() -> None:
+    """Of a prompt of 12 tokens in blocks of 2, cached whole, a window of 5 with 2 sinks finds the first 6, as does a
+    selection of 4 with a slack of 4; one that counts attention finds none."""
+    found = {}
+    for budget in (
+        None,
+        Window(window=5, sinks=2),
+        Selection(slots=4, slack=4, prompt_slack=4),
+        Selection(slots=4, counted="all"),
+    ):
+        scheduler = Scheduler(SchedulerConfig(num_blocks=40, block_size=2))
+        for number, kv_budget in enumerate((None, budget)):
+            scheduler.add(Request(str(number), range(13), StopRule(max_tokens=1), kv_budget=kv_budget))
+            while scheduler.has_work:
+                batch = scheduler.schedule()
+                last = batch.items[0].sequence.request
+                scheduler.update(batch, step_tokens(batch))
+        found[budget] = last.cached_tokens
+    assert list(found.values()) == [12, 6, 6, 0]
+
+
+class BudgetedMemory(RecordingMemory):
+    """Knows what a table of slots holds after blocks fell away, and selects: by contents alone."""
+
+    def execute(self, batch: ScheduledBatch) -> None:
+        """Write what the batch computes; every slot of a sequence then holds a token of its own past, each once."""
+        self.transfer(batch.transfers)
+        self._compact(batch.compactions)
+        for item in batch.items:
+            past = tuple(item.sequence.tokens)
+            for position in range(item.start, item.start + len(item.tokens)):
+                block, offset = self._place(item.block_table, position - item.num_dropped)
+                self._slots[block][offset] = past[: position + 1]
+        for item in batch.items:
+            past, end = tuple(item.sequence.tokens), item.start + len(item.tokens)
+            held = [self._read(item.block_table, slot) for slot in range(end - item.num_dropped)]
+            assert all(content == past[: len(content)] for content in held), "a sequence holds KV that is not its own"
+            positions = [len(content) - 1 for content in held]
+            assert positions == sorted(set(positions)), "out of order, or twice"
+            if isinstance(item.kv_budget, Window):
+                first = max(item.start - item.kv_budget.window + 1, 0)
+                assert {*range(min(item.kv_budget.sinks, end)), *range(first, end)} <= set(positions)
+            elif item.kv_budget is None:
+                assert positions == list(range(end))
+
+    def _compact(self, compactions: tuple[Compaction, ...]) -> None:
+        selected = []
+        for one in compactions:
+            held = [self._read(one.source, slot) for slot in range(one.num_slots)]
+            selected.append(
+                sorted(sorted(held, key=lambda past: hash((sum(past), len(past))))[: one.num_kept], key=len)
+            )
+        written: set[tuple[int, int]] = set()
+        for one, kept in zip(compactions, selected, strict=True):
+            for slot, content in enumerate(kept):
+                block, offset = self._place(one.target, slot)
+                assert (block, offset) not in written, "two selections go to one place"
+                written.add((block, offset))
+                self._slots[block][offset] = content
+
+    def _place(self, table: "array[int]", slot: int) -> tuple[int, int]:
+        return table[slot // self.block_size], slot % self.block_size
+
+    def _read(self, table: "array[int]", slot: int) -> Content:
+        block, offset = self._place(table, slot)
+        content = self._slots[block][offset]
+        assert content is not None, "a slot was read before it was written"
+        return content
+
+
+class Budgets(RuleBasedStateMachine):
+    """Requests with and without budgets in one pool that is too small for them."""
+
+    @initialize(
+        block_size=st.sampled_from([1, 2, 4]),
+        max_num_batched_tokens=st.integers(1, 24),
+        num_host_blocks=st.sampled_from([0, 40]),
+        prefix_caching=st.booleans(),
+    )
+    def start(self, block_size: int, **limits: Any) -> None:
+        self.config = SchedulerConfig(num_blocks=48 // block_size, block_size=block_size, max_num_seqs=6, **limits)
+        self.scheduler = Scheduler(self.config)
+        self.memory = BudgetedMemory(self.config.num_blocks, block_size, self.config.num_host_blocks)
+        self.requests: list[Request] = []
+
+    @rule(
+        budget=st.one_of(st.none(), windows, selections),
+        prompt=st.sampled_from([[1] * 3, [1] * 14, [1] * 9 + [2] * 9, [3]]),
+        n=st.integers(1, 3),
+        max_tokens=st.integers(1, 20),
+    )
+    def add(self, budget: KVBudget | None, prompt: list[int], n: int, max_tokens: int) -> None:
+        stop = StopRule(max_tokens=max_tokens)
+        request = Request(str(len(self.requests)), prompt, stop, n=n, kv_budget=budget)
+        if self.scheduler.refusal(request.max_num_tokens, n, budget) is None:
+            self.scheduler.add(request)
+            self.requests.append(request)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.scheduler.abort(data.draw(st.sampled_from(self.requests)))
+
+    @rule(count=st.integers(1, 10))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            batch = self.scheduler.schedule()
+            self.memory.execute(batch)
+            for item in batch.items:
+                if item.kv_budget is not None:
+                    most = item.kv_budget.max_blocks(len(item.tokens), self.config.block_size)
+                    assert len(item.block_table) <= most, "more blocks than the budget says"
+            self.scheduler.check()
+            self.scheduler.update(batch, step_tokens(batch))
+
+    @invariant()
+    def every_reference_is_owned(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(3000):
+            if not self.scheduler.has_work:
+                break
+            self.steps(1)
+        assert not self.scheduler.has_work, "a request does not end"
+        assert self.scheduler.pool.num_used == 0
+        assert all(s.status is Status.FINISHED for request in self.requests for s in request.sequences)
+
+
+TestBudgets = Budgets.TestCase
+TestBudgets.settings = settings(
+    max_examples=120, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+)
