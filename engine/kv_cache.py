@@ -56,7 +56,7 @@ class KVCache:
         return config.kv_values_per_token * block_size * dtype.itemsize
 
     def transfer(self, transfers: Transfers) -> None:
-        """Move blocks to the host, on the device, and back from the host, in this order."""
+        """Move blocks to the host, on the device, and back from the host, in this order; see `Transfers`."""
         for device, host in ((self._device, self._host), (self._mass, self._host_mass)):
             _move(device, host, transfers.out)
             _move(device, device, transfers.copies)

@@ -36,15 +36,16 @@ class ScheduledSequence(NamedTuple):
 class Transfers(NamedTuple):
     """Blocks to move before a step computes: all of ``out``, then all ``copies``, then all of ``back``.
 
-    Within each group all sources are read before any destination is written.
+    So what a block held is read before its next owner has it written. Within each group all sources are read before
+    any destination is written.
     """
 
     out: tuple[Move, ...] = ()
     """(device block, host block)."""
-    back: tuple[Move, ...] = ()
-    """(host block, device block)."""
     copies: tuple[Move, ...] = ()
     """(device block, device block), of each copy-on-write."""
+    back: tuple[Move, ...] = ()
+    """(host block, device block)."""
 
 
 class Compaction(NamedTuple):

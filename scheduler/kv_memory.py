@@ -62,7 +62,7 @@ class KVMemory:
             self._held = []
         if not (self._out or self._back or self._copies):
             return _NOTHING
-        transfers = Transfers(tuple(self._out), tuple(self._back), tuple(self._copies))
+        transfers = Transfers(tuple(self._out), tuple(self._copies), tuple(self._back))
         self._out, self._back, self._copies = [], [], []
         return transfers
 
@@ -87,10 +87,6 @@ class KVMemory:
             return len(self._to_replace(sequence, budget.slots + num_tokens))
         end = sequence.num_slots + num_tokens
         return self._num_blocks(end) - len(sequence.block_table) + len(self._writes_shared(sequence))
-
-    def missing_blocks(self, sequence: Sequence) -> int:
-        """Blocks that it will still ask for before all tokens it has now are computed."""
-        return max(self._blocks_of_all(sequence) - len(sequence.block_table), 0)
 
     def drop(self, sequence: Sequence) -> None:
         """Take back the blocks that a window has left before its next token."""
@@ -160,12 +156,12 @@ class KVMemory:
 
     # it comes and goes
 
-    def enter(self, sequence: Sequence, spare: int) -> bool:
-        """Give a sequence what the two tiers hold of it, if all its tokens find a block and ``spare`` are left over."""
+    def enter(self, sequence: Sequence) -> bool:
+        """Give a sequence what the two tiers hold of it, if there is a block for each of its tokens."""
         swapped = bool(sequence.host_table)
         kept = self._swapped(sequence) if swapped else self._cached(sequence)
         shared = [block for block, in_host in kept if not in_host]
-        num_free = self.device.num_free - sum(self.device.ref_count(block) == 0 for block in shared) - spare
+        num_free = self.device.num_free - sum(self.device.ref_count(block) == 0 for block in shared)
         if self._blocks_of_all(sequence) - len(shared) > num_free:
             return False
         self.device.share(shared)

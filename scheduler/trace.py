@@ -23,6 +23,8 @@ from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.waiting_queue import Order
 
 VERSION = 1
+_WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a call raises that is none of the recorded scheduler's, or shows its bug."""
 
 
 class TraceError(ValueError):
@@ -30,7 +32,11 @@ class TraceError(ValueError):
 
 
 class TracedScheduler(Scheduler):
-    """A scheduler that writes a line for each call; the file is readable by its owner only."""
+    """A scheduler that writes a line for each call; the file is readable by its owner only.
+
+    A call that fails is written too, and all that was decided is in the file before the step that follows from it is
+    computed: the trace of an engine that died replays to what it died of.
+    """
 
     def __init__(self, config: SchedulerConfig, path: Path) -> None:
         super().__init__(config)
@@ -49,13 +55,13 @@ class TracedScheduler(Scheduler):
 
     def abort(self, request: Request) -> None:
         """See `Scheduler.abort`."""
-        super().abort(request)
         self._write(abort=request.request_id)
+        super().abort(request)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """See `Scheduler.finish`."""
-        super().finish(sequence, reason)
         self._write(finish=[sequence.request.request_id, sequence.index, reason])
+        super().finish(sequence, reason)
 
     def expire(self, now: float) -> list[Request]:
         """See `Scheduler.expire`."""
@@ -66,19 +72,24 @@ class TracedScheduler(Scheduler):
 
     def schedule(self, now: float = 0.0) -> ScheduledBatch:
         """See `Scheduler.schedule`."""
-        batch = super().schedule(now)
+        try:
+            batch = super().schedule(now)
+        except Exception:
+            self._write(now=now, step=None)
+            raise
+        else:
+            self._write(now=now, step=decisions(self, batch))
+        finally:
+            self._file.flush()
         self._scheduled_at = time.monotonic()
-        self._write(now=now, step=decisions(self, batch))
         return batch
 
     def update(self, batch: ScheduledBatch, sampled: Iterable[Seq[int]]) -> list[Appended]:
         """See `Scheduler.update`."""
         tokens = [list(own) for own in sampled]
         seconds = time.monotonic() - self._scheduled_at
-        appended = super().update(batch, tokens)
         self._write(update=tokens, seconds=round(seconds, 6))
-        self._file.flush()
-        return appended
+        return super().update(batch, tokens)
 
     def advance(self, request: Request, extensions: Seq[tuple[Sequence, int]]) -> list[Sequence]:
         """See `Scheduler.advance`."""
@@ -124,14 +135,14 @@ class Replay:
         """Make every call, compare every decision, and check the invariants after each."""
         lines = lines_of(self.path)
         number, head = next(lines, (1, {}))
-        scheduler = Scheduler(config_of(head, self.path))
+        scheduler = _scheduler(head, self.path)
         live: dict[str, Request] = {}
         batch: ScheduledBatch | None = None
         for number, entry in lines:
             try:
                 batch = self._call(scheduler, entry, live, batch)
                 scheduler.check()
-            except (KeyError, TypeError, ValueError, IndexError, AssertionError) as error:
+            except _WRONG as error:
                 raise TraceError(f"{self.path}, line {number}: {_reason(error)}") from error
 
     def _call(
@@ -152,7 +163,8 @@ class Replay:
                 _compare({"expired": names}, {"expired": expired})
             case {"step": step}:
                 batch = scheduler.schedule(entry["now"])
-                _compare(step, decisions(scheduler, batch))
+                if step is not None:  # else it failed then, and does no longer
+                    _compare(step, decisions(scheduler, batch))
                 self.steps += 1
                 self.tokens += batch.num_tokens
                 self.preemptions += batch.num_preempted
@@ -242,7 +254,15 @@ def config_of(head: dict[str, Any], path: Path) -> SchedulerConfig:
         fields = dict(head["config"])
         fields |= {"batching": Batching(**fields["batching"]), "order": Order(**fields["order"])}
         return SchedulerConfig(**fields)
-    except (KeyError, TypeError, ValueError) as error:
+    except _WRONG as error:
+        raise TraceError(f"{path}, line 1: {_reason(error)}") from error
+
+
+def _scheduler(head: dict[str, Any], path: Path) -> Scheduler:
+    config = config_of(head, path)
+    try:
+        return Scheduler(config)
+    except _WRONG as error:
         raise TraceError(f"{path}, line 1: {_reason(error)}") from error
 
 

@@ -9,7 +9,7 @@ Large Language Models*, §4.1), and ``ageing`` seconds of waiting count as `TOKE
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, nsmallest
+from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Literal
 
@@ -32,9 +32,18 @@ class Order:
             raise ValueError(f"ageing takes more than no time and not for ever, not {self.ageing} seconds")
 
     def rank(self, request: Request, serial: int) -> Rank:
-        """Where a request stands among those of its tenant, for as long as it lives; lower goes first."""
-        priority = 0 if self.policy == "fcfs" else request.priority
-        return (priority * self.ageing + request.arrival, serial)
+        """Where a request stands among all, for as long as it lives; lower goes first.
+
+        Under fair sharing its priority is its tenant's own affair (`turn`), and makes no room at others' cost.
+        """
+        return self._rank(request, serial, self.policy == "priority")
+
+    def turn(self, request: Request) -> Rank:
+        """Where a request, whose rank is set, stands among those of its tenant that wait."""
+        return self._rank(request, request.rank[1], self.policy != "fcfs")
+
+    def _rank(self, request: Request, serial: int, by_priority: bool) -> Rank:
+        return (request.priority * self.ageing * by_priority + request.arrival, serial)
 
 
 class WaitingQueue:
@@ -67,7 +76,7 @@ class WaitingQueue:
         if heap is None:
             heap = self._heaps[tenant] = []
             self._served[tenant] = max(self._served.get(tenant, 0.0), self._level)
-        heappush(heap, (request.rank, request))
+        heappush(heap, (self._order.turn(request), request))
         self._members[request] = None
         self.num_tokens += request.num_prompt_tokens
 
@@ -96,7 +105,12 @@ class WaitingQueue:
 
     def first(self, count: int) -> list[Request]:
         """Who is next if ``count`` are to run together, and none of them is charged before all are chosen."""
-        return nsmallest(count, self._members, key=self._score)
+        lines = [sorted(entry for entry in heap if entry[1] in self._members) for heap in self._heaps.values()]
+        chosen: list[Request] = []
+        while len(chosen) < min(count, len(self._members)):
+            line = min(filter(None, lines), key=lambda line: self._score(line[0][1]))
+            chosen.append(line.pop(0)[1])
+        return chosen
 
     def admit(self, request: Request) -> None:
         """Take out a request, since it runs now."""

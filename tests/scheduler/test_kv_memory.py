@@ -94,6 +94,18 @@ def test_a_prefix_that_the_device_has_forgotten_is_fetched_from_the_host() -> No
     assert (again.cached_tokens, tiers.scheduler.counters.blocks_swapped_in) == (8, 2)
 
 
+def test_what_was_fetched_from_the_host_is_found_on_the_device_from_then_on() -> None:
+    tiers = _Tiers(6, 16)
+    for name, prompt in (("a", list(range(12))), ("b", list(range(50, 73))), ("again", list(range(12)))):
+        tiers.add(name, prompt)
+        tiers.run()
+    fetched = tiers.scheduler.counters.blocks_swapped_in
+    third = tiers.add("third", list(range(12)))
+    assert tiers.run() == 4
+    assert (third.cached_tokens, tiers.scheduler.counters.blocks_swapped_in) == (8, fetched)
+    assert fetched > 0
+
+
 def test_the_host_forgets_what_was_used_longest_ago() -> None:
     tiers = _Tiers(2, 2)
     for name in "abcd":  # one full block each
@@ -104,13 +116,14 @@ def test_the_host_forgets_what_was_used_longest_ago() -> None:
     assert [request.cached_tokens for request in again] == [4, 0]
 
 
-def test_a_newcomer_takes_no_blocks_that_a_running_prompt_still_needs() -> None:
-    tiers = _Tiers(6, 0, max_num_batched_tokens=8, prefix_caching=False)
+def test_a_newcomer_waits_for_the_rest_of_a_running_prompt_however_much_room_there_is() -> None:
+    tiers = _Tiers(16, 0, max_num_batched_tokens=8, prefix_caching=False)
     tiers.add("long", list(range(20)))
     newcomer = tiers.add("new", [7] * 8)
-    tiers.run()
-    assert tiers.scheduler.counters.preemptions == 0
-    assert newcomer.finished
+    assert [tiers.step() for _ in range(2)] == [8, 8]
+    assert newcomer.cached_tokens is None
+    assert tiers.step() == 4 + 4
+    assert newcomer.cached_tokens == 0
 
 
 def test_swapping_needs_host_blocks() -> None:

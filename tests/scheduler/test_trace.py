@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from scheduler.batching import Batching
-from scheduler.request import Request, StopRule
+from scheduler.kv_memory import KVMemory
+from scheduler.request import Request, Sequence, StopRule
 from scheduler.scheduler import SchedulerConfig
 from scheduler.trace import Replay, TracedScheduler, TraceError
 from scheduler.waiting_queue import Order
@@ -109,6 +110,38 @@ def test_a_decision_that_differs_is_named_with_its_line(tmp_path: Path) -> None:
         Replay(tmp_path / "trace").run()
 
 
+def test_a_scheduler_that_fails_leaves_a_trace_that_replays_to_its_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(memory: KVMemory, sequence: Sequence, num_tokens: int) -> None:
+        if sequence.num_computed_tokens:
+            raise RuntimeError("a bug")
+        grow(memory, sequence, num_tokens)
+
+    grow = KVMemory.grow
+    scheduler = TracedScheduler(SchedulerConfig(num_blocks=4), tmp_path / "trace")
+    scheduler.add(Request("a", [1], StopRule(max_tokens=2)))
+    scheduler.update(batch := scheduler.schedule(), step_tokens(batch))
+    with monkeypatch.context() as bug:
+        bug.setattr(KVMemory, "grow", fail)
+        with pytest.raises(RuntimeError, match="a bug"):
+            scheduler.schedule(1.0)
+        with pytest.raises(TraceError, match="line 5: RuntimeError: a bug"):
+            Replay(tmp_path / "trace").run()
+    Replay(tmp_path / "trace").run()
+    scheduler.close()
+
+
+def test_what_was_decided_is_in_the_file_while_the_step_is_computed(tmp_path: Path) -> None:
+    scheduler = TracedScheduler(SchedulerConfig(num_blocks=4), tmp_path / "trace")
+    scheduler.add(Request("a", [1], StopRule(max_tokens=2)))
+    scheduler.schedule()
+    replay = Replay(tmp_path / "trace")
+    replay.run()
+    assert (replay.requests, replay.steps) == (1, 1)
+    scheduler.close()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -117,7 +150,15 @@ def test_a_decision_that_differs_is_named_with_its_line(tmp_path: Path) -> None:
         ("[]", "line 1: this is no entry"),
         ("{", "line 1: is not valid JSON"),
         ('{"version":1,"config":{"num_blocks":0}}', "line 1: KeyError: 'batching'"),
+        ('{"version":1,"config":{"num_blocks":0,"batching":{},"order":{}}}', "line 1: ValueError: a block pool needs"),
+        ('{"version":1,"config":{"num_blocks":"many","batching":{},"order":{}}}', "line 1: TypeError"),
         ('{"version":1,"config":{"num_blocks":1,"batching":{},"order":{}}}\n{"abort":"x"}', "line 2: KeyError: 'x'"),
+        (
+            '{"version":1,"config":{"num_blocks":1,"batching":{},"order":{}}}\n'
+            '{"now":0,"add":{"id":"x","prompt":[99999999999],"root":"","stop":{"max_tokens":1,"min_tokens":0,'
+            '"stop_token_ids":[]},"n":1,"beam_width":null,"priority":0,"tenant":"","deadline":null}}',
+            "line 2: OverflowError",
+        ),
         ('{"version":1,"config":{"num_blocks":1,"batching":{},"order":{}}}\n{"what":1}', "line 2: this is no entry"),
     ],
 )

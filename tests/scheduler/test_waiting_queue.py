@@ -127,6 +127,15 @@ def test_those_that_begin_together_are_the_first_in_order() -> None:
     assert len(queue.queue.first(9)) == 4
 
 
+def test_those_that_begin_together_are_the_first_of_each_tenant_in_turn() -> None:
+    queue = _Queue(Order(policy="fair"))
+    for name, tenant, priority in (("a", "x", 1), ("b", "x", 0), ("c", "y", 1), ("d", "y", 0)):
+        queue.add(name, tenant=tenant, priority=priority)
+    queue.queue.remove(queue.add("gone", tenant="y", priority=-1))
+    queue.queue.charge(queue.queue.first(1)[0], 10)
+    assert [request.request_id for request in queue.queue.first(9)] == ["d", "c", "b", "a"]
+
+
 @pytest.mark.parametrize("ageing", [0.0, -1.0, float("inf"), float("nan")])
 def test_waiting_counts_for_something(ageing: float) -> None:
     with pytest.raises(ValueError, match="ageing takes more than no time"):
