@@ -92,10 +92,12 @@ async def _hold(
 
 async def _ask(client: Client, model: str, messages: Sequence[dict[str, str]], answer_len: int) -> Turn:
     """The next turn, its answer ``answer_len`` tokens long."""
-    body = json.dumps({**GREEDY, "model": model, "messages": messages, "max_tokens": answer_len}).encode()
-    answer = _Answer()
+    body = {**GREEDY, "model": model, "messages": messages, "max_tokens": answer_len}
+    # An end of sequence that is ignored has no text: the next turn could not send it, and would find less in the cache.
+    body |= {"ignore_eos": False, "min_tokens": answer_len}
+    posted, answer = json.dumps(body).encode(), _Answer()
     start = time.perf_counter()
-    await client.follow(body, answer)
+    await client.follow(posted, answer)
     usage: dict[str, Any] = answer.usage or {}
     if "prompt_tokens" not in usage:
         raise OctavoError("the server gives no usage, so nothing is known of its cache")

@@ -26,6 +26,8 @@ def command_line(name: str, declare: Declare, arguments: Mapping[str, Any], *, g
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif str(value).startswith("-"):  # which argparse would take for another flag
+            words.append(f"--{flag}={value}")
         else:
             words += [f"--{flag}", str(value)]
     return shlex.join(words)

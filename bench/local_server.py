@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, base_url: str | None = Non
         "--serve-args",
         default="",
         metavar="'FLAGS'",
-        help="more flags for every server that is started, in one quoted text, such as '--threads 2 --dtype bfloat16'",
+        help="more flags for every server that is started, in one quoted text, such as '--threads 2 --dtype bfloat16'; "
+        "a single word needs an equals sign, as in --serve-args=--metrics-compat",
     )
     group.add_argument("--port", type=int, default=0, help="port for the servers (default: any free one)")
     group.add_argument("--timeout", type=float, default=600.0, help="seconds per request (default: %(default)g)")

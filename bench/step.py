@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench import flags
+
 OPS = ("linear", "paged_attention", "rms_norm", "rotary_embedding", "kv_write", "silu_and_mul")
 
 
@@ -49,14 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one table for each batch size."""
+    """Print one table for each batch size. Raises ConfigError for settings that cannot work."""
+    batches = flags.whole_numbers(args.batch, "--batch")
+    flags.at_least(args, 1, "context", "new_tokens", "steps")
     from engine.config import EngineConfig
     from engine.launch import load_model
 
     loaded = load_model(EngineConfig(model=args.model, dtype=args.dtype))
     bandwidth = read_bandwidth()
     print(f"{loaded.checkpoint.name}, {loaded.dtype}, {loaded.threads} threads; reads at {bandwidth / 1e9:.1f} GB/s")
-    for batch in (int(size) for size in args.batch.split(",")):
+    for batch in batches:
         profile = profile_step(loaded, batch, args.context, args.new_tokens, args.steps)
         print(f"\n{batch} sequences × {args.new_tokens} new tokens at context {args.context}")
         print("\n".join(_table(profile, args.steps, bandwidth)))

@@ -122,7 +122,8 @@ async def test_every_turn_sends_the_whole_past_with_the_servers_own_answers(fake
         (5, 0, 3, "nénéné"),
         (11, 8, 3, "nénéné"),
     ]
-    assert all(body["max_tokens"] == 3 and body["ignore_eos"] for body in fake.bodies[1:])
+    assert all(body["max_tokens"] == body["min_tokens"] == 3 for body in fake.bodies[1:])
+    assert not any(body["ignore_eos"] for body in fake.bodies), "a token without text would be lost to the next turn"
 
 
 async def test_ttft_ends_with_the_first_token_and_not_with_the_role(fake: FakeServer) -> None:

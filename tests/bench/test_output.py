@@ -13,6 +13,7 @@ from engine.errors import ConfigError, OctavoError
 def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=8)
     parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--serve-args", default="")
     output.add_arguments(parser, plot="a curve")
 
 
@@ -45,11 +46,18 @@ def test_a_document_tells_the_command_that_does_the_same_and_no_folders() -> Non
     contents = output.document("chat", declare, args, {"turns": [1]})
     assert contents["command"] == "octavo bench chat --size 16 --shared --json out.json"
     assert vars(parse(*shlex.split(contents["command"])[3:])) == {**vars(args), "json": "out.json"}
-    assert contents["arguments"] == {"size": 16, "shared": True, "json": "out.json", "plot": None}
+    assert contents["arguments"] == {"size": 16, "shared": True, "serve_args": "", "json": "out.json", "plot": None}
     assert contents["turns"] == [1]
     assert contents["machine"]["cpus"] >= 1
     assert contents["versions"].keys() == {"octavo", "aiohttp", "python"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", contents["timestamp"])
+
+
+@pytest.mark.parametrize("value", ["--compat", "--threads 2", "-x", "plain", "it's"])
+def test_a_value_that_looks_like_a_flag_is_told_so_that_it_can_be_read_again(value: str) -> None:
+    args = parse(f"--serve-args={value}")
+    words = shlex.split(output.document("chat", declare, args, {})["command"])
+    assert parse(*words[3:]) == args
 
 
 def test_what_is_asked_for_is_written_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

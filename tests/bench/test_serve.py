@@ -128,6 +128,7 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
         ("chat", "turns"),
         ("stall", "streams"),
         ("scheduler", "steps"),
+        ("step", "steps"),
     ],
 )
 def test_a_setting_that_cannot_work_exits_with_2_and_one_line(
