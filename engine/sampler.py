@@ -4,6 +4,7 @@ Order of operations: logit bias, penalties and forbidden tokens on the logits; t
 top-k left, renormalized) and min-p; then one draw. It is the order of transformers' generation processors.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -27,8 +28,8 @@ class SampleRow:
     params: SamplingParams
     seed: int
     """The continuation's own: with the position it decides the draw, so that batching and preemption do not."""
-    tokens: Sequence[int]
-    """Prompt and output so far."""
+    tokens: "array[int]"
+    """Prompt and output so far, of 32 bits each."""
     num_prompt_tokens: int
     stop_token_ids: frozenset[int]
     """What ends the sequence, and may not be sampled before ``min_tokens``."""

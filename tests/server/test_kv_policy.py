@@ -336,7 +336,7 @@ SMALL = {"type": "streaming", "sinks": 3, "window": 13}
 
 
 def test_a_real_model_goes_on_past_what_it_was_made_for(real: Live) -> None:
-    """Of 202 computed tokens the last, at position 201, sees from 189 on, in blocks of 4, the first of them the sinks'."""
+    """Of 202 computed tokens the last, at position 201, sees from 189 on, in blocks of 4; one is the sinks'."""
     whole = ask(real, prompt=[5, 6, 7], max_tokens=200, temperature=0, kv_policy=SMALL).json()
     assert whole["usage"]["completion_tokens"] == 200
     assert whole["usage"]["kv"] == {"policy": SMALL, "evicted_tokens": 46 * 4, "slots": 202 - 46 * 4}
