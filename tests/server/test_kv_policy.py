@@ -125,8 +125,11 @@ def test_only_the_allowed_policies_may_be_named_and_the_default(start: Callable[
     assert error["param"] == "kv_policy"
     assert error["message"] == "kv_policy: 'full' is not allowed here, but 'streaming', 'window'"
     assert not engine.submitted
-    for fields in ({}, {"kv_policy": "window"}, {"kv_policy": "streaming"}, {"kv_policy": STREAMING}):
-        assert ask(live, path, max_tokens=1, **fields).status_code == 200
+    for given in ("window", "streaming", STREAMING):
+        assert ask(live, path, max_tokens=1, kv_policy=given).status_code == 200
+        assert engine.submitted[-1].order["kv_policy"] == make_policy(given)
+    assert ask(live, path, max_tokens=1).status_code == 200
+    assert engine.submitted[-1].order["kv_policy"] == Streaming()
 
 
 def test_a_policy_that_there_is_not_cannot_be_allowed() -> None:
@@ -297,24 +300,30 @@ def test_evicted_tokens_are_counted_by_policy(stage: Stage) -> None:
 
 
 def test_slots_that_sequences_hold_show_by_policy() -> None:
-    """Read while the step after the first request's 41st token waits: 43 of its tokens are computed, and the next sees
-    from 36 on. The second request began a step later."""
-    with staged(max_num_seqs=2, block_size=4) as stage:
+    """Read while the step after the first request's 41st token waits. 43 of its tokens are computed, and the next sees
+    from 36 on. The others began a step later: 42 tokens, of which the third request needs those from 35 on, in blocks
+    of 4; and of the second's two continuations the first has ended: only that request has a stop string."""
+    with staged(max_num_seqs=4, block_size=4) as stage:
 
         def script(row: SampleRow) -> Sample:
             if row.num_output_tokens == 40:
                 stage.model.gate.clear()
-            return Sample(token("A"))
+            ends = row.seed % 2**32 == 0 and row.num_output_tokens == 5
+            return Sample(token("Z" if ends else "A"))
 
         stage.model.script = script
+        window = {"type": "window", "window": 8}
         with stage.held():
-            first = stage.send(prompt="a0", max_tokens=50, kv_policy={"type": "window", "window": 8})
-            second = stage.send(prompt="b0", max_tokens=50)
-        expected = {**dict.fromkeys(POLICIES, 0.0), "window": 43.0 - 36, "full": 42.0}
+            answers = [
+                stage.send(prompt="a0", max_tokens=50, kv_policy=window),
+                stage.send(prompt="b0", max_tokens=50, n=2, stop="Z"),
+                stage.send(prompt="c0", max_tokens=50, kv_policy=window),
+            ]
+        expected = {**dict.fromkeys(POLICIES, 0.0), "window": 43.0 - 36 + 42 - 32, "full": 42.0}
         assert wait_until(lambda: page(stage, "kv_policy_slots") == expected), page(stage, "kv_policy_slots")
         stage.model.script = only_a
         stage.model.gate.set()
-        assert first.result().status_code == second.result().status_code == 200
+        assert [answer.result().status_code for answer in answers] == [200, 200, 200]
         assert stage.drained()
         assert page(stage, "kv_policy_slots") == dict.fromkeys(POLICIES, 0.0)
 
