@@ -27,7 +27,8 @@ def command_line(name: str, declare: Declare, arguments: Mapping[str, Any], *, g
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", str(value)]
+            for one in value if isinstance(value, list) else [value]:
+                words += [f"--{flag}", str(one)]
     return shlex.join(words)
 
 
