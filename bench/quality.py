@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     if args.prompts and not args.generate:
         raise ConfigError("--prompts is for --generate")
     if not (args.text or args.prompts):
-        raise ConfigError("--text: name a file")
+        raise ConfigError("--text is missing: the file to measure on")
     output.check(args)
     from bench.policy_list import candidates, check
     from engine.config import EngineConfig, load

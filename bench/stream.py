@@ -122,13 +122,15 @@ class Stream:
                 ends = [part.end for part in one.parts]
                 left.plot(ends, [math.exp(part.nll) for part in one.parts], color=color, linewidth=1.8, label=one.label)
                 right.plot(ends, [part.blocks for part in one.parts], color=color, linewidth=1.8)
-            for axes, what in ((left, "perplexity"), (right, "KV blocks held")):
-                axes.set(yscale="log", xlabel="position", ylabel=f"{what}, logarithmic")
-                logarithmic(axes.yaxis)
+            for axes in (left, right):
+                axes.set_xlabel("position")
                 axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-                axes.axvline(self.trained_length, color=QUIET, linestyle=":", linewidth=1.2)
-            left.annotate("trained length", (self.trained_length, 0.98), xycoords=("data", "axes fraction"), va="top")
-            left.legend(loc="center right")
+                if self.trained_length < len(self.text):
+                    axes.axvline(self.trained_length, color=QUIET, linestyle=":", linewidth=1.5, label="trained length")
+            left.set(yscale="log", ylabel="perplexity, logarithmic")
+            logarithmic(left.yaxis)
+            left.legend()
+            right.set(ylim=(0, None), ylabel="KV blocks held")
 
 
 def parts(scores: Scores, bucket: int) -> list[Part]:

@@ -76,9 +76,7 @@ def test_with_all_kept_it_is_the_cross_entropy_of_transformers(
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_under_a_policy_it_is_the_oracles(
-    model: Any, loaded: LoadedModel, texts: list[list[int]], name: str
-) -> None:
+def test_under_a_policy_it_is_the_oracles(model: Any, loaded: LoadedModel, texts: list[list[int]], name: str) -> None:
     policy, oracle = POLICIES[name]
     scores = score(loaded, policy, texts, replace(STEPS, prompt_len=FEW))
     for nll, text in zip(scores.nll, texts, strict=True):
