@@ -14,6 +14,7 @@ COMMANDS = {
     "step": Command("show where the time of one model step goes, op by op, beside its floor", "bench.step"),
     "batching": Command("compare batching modes, none to continuous, under one load", "bench.batching"),
     "chat": Command("measure each turn of conversations, with and without prefix caching", "bench.chat"),
+    "quality": Command("measure what each KV policy costs in quality, by perplexity and by answers", "bench.quality"),
     "stall": Command("measure what a long prompt does to running streams, by token budget", "bench.stall"),
     "scheduler": Command("time the scheduler's steps and weigh the KV memory it leaves empty", "bench.scheduler"),
     "ceiling": Command("measure how many tokens/s the load-test client itself can receive", "bench.ceiling"),

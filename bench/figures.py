@@ -1,5 +1,6 @@
 """The look of the measuring commands' pictures: one style, a row of axes, and the curves that several of them draw."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from bench.measure import percentile
 
 INK, QUIET, GRID = "#1f1f1e", "#6f6e69", "#e6e5e0"
 BLUE, AMBER, GREEN, GREY = "#1f5fa8", "#d98a3d", "#6a9a58", "#a8a69e"
+COLORS = (BLUE, AMBER, GREEN, "#8b5fa5", "#b8473f", "#3d8f94", "#8a6b45", GREY)
+"""For what has no order."""
 _SURFACE = "#fcfcfb"
 _POINTS_PER_CURVE = 400
 _LEAST_MS = 0.05
@@ -93,3 +96,18 @@ def logarithmic(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def against_budget(axes: Axes, points: Sequence[tuple[str, int | None, float]]) -> None:
+    """(name, tokens kept, value) as a curve per name over a logarithmic x; without a budget, a line across."""
+    curves = {name: [(x, y) for other, x, y in points if other == name and x is not None] for name, _, _ in points}
+    for (name, curve), color in zip(((n, c) for n, c in curves.items() if c), itertools.cycle(COLORS), strict=False):
+        axes.plot(*zip(*sorted(curve), strict=True), "o-", color=color, linewidth=2, markersize=5, label=name)
+    for name, budget, value in points:
+        if budget is None:
+            axes.axhline(value, color=INK, linestyle=":", linewidth=1.5, label=name)
+    axes.set(xscale="log", xlabel="tokens kept, logarithmic")
+    axes.set_xticks(sorted({budget for _, budget, _ in points if budget is not None}))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend()

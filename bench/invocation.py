@@ -29,7 +29,8 @@ def command_line(name: str, declare: Declare, arguments: Mapping[str, Any], *, g
         elif str(value).startswith("-"):  # which argparse would take for another flag
             words.append(f"--{flag}={value}")
         else:
-            words += [f"--{flag}", str(value)]
+            for one in value if isinstance(value, list) else [value]:
+                words += [f"--{flag}", str(one)]
     return shlex.join(words)
 
 

@@ -103,7 +103,7 @@ def assemble(config: EngineConfig, loaded: LoadedModel, observer: EngineObserver
     scheduler = _scheduler(scheduler_config(config, plan), config.trace)
     return AsyncEngine(
         config,
-        _info(config, loaded, plan),
+        engine_info(config, loaded, plan),
         loaded.checkpoint.tokenizer,
         scheduler,
         ModelRunner(loaded.decoder, cache),
@@ -140,7 +140,8 @@ def _scheduler(config: SchedulerConfig, trace: Path | None) -> Scheduler:
         raise ConfigError(f"--trace {trace}: cannot be written: {error.strerror}") from None
 
 
-def _info(config: EngineConfig, loaded: LoadedModel, plan: MemoryPlan) -> EngineInfo:
+def engine_info(config: EngineConfig, loaded: LoadedModel, plan: MemoryPlan) -> EngineInfo:
+    """What an engine around a loaded model tells of itself."""
     model = loaded.decoder.config
     return EngineInfo(
         model_name=loaded.checkpoint.name,

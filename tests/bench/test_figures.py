@@ -6,7 +6,7 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
-from bench.figures import cumulative, formats, logarithmic, picture
+from bench.figures import INK, against_budget, cumulative, formats, logarithmic, picture
 
 
 def test_a_picture_is_written_in_the_format_of_its_ending_when_the_block_ends(tmp_path: Path) -> None:
@@ -51,3 +51,16 @@ def test_a_logarithmic_axis_has_plain_numbers_more_of_them_where_it_is_short(
     low, high = limits
     shown = [axes.yaxis.get_major_formatter()(tick) for tick in axes.yaxis.get_majorticklocs() if low <= tick <= high]
     assert shown[:4] == expected
+
+
+def test_what_has_a_budget_is_a_curve_over_it_and_what_has_none_a_line_across() -> None:
+    axes = Figure().subplots()
+    against_budget(axes, [("full", None, 12.0), ("a", 128, 20.0), ("a", 64, 30.0), ("b", 64, 50.0)])
+    first, second, across = axes.get_lines()
+    assert [line.get_label() for line in axes.get_lines()] == ["a", "b", "full"]
+    assert (list(first.get_xdata()), list(first.get_ydata())) == ([64, 128], [30, 20])
+    assert (list(second.get_xdata()), list(second.get_ydata())) == ([64], [50])
+    assert list(across.get_ydata()) == [12, 12]
+    assert first.get_color() != second.get_color() != across.get_color() == INK
+    assert list(axes.get_xticks()) == [64, 128]
+    assert axes.get_legend() is not None
