@@ -22,8 +22,9 @@ from bench import flags, output
 from bench.measure import percentile
 from engine.errors import ConfigError
 from scheduler.batch import ScheduledBatch
+from scheduler.config import SchedulerConfig
 from scheduler.request import Request, StopRule
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 
 BLOCK_SIZE = 16
 PAPERS_WASTE = 0.04

@@ -12,8 +12,8 @@ from bench.arrivals import OpenLoop, parse_rate
 from bench.workload import MOST_REQUESTS, Lengths, SyntheticLoad, moved, parse_lengths, random_moments, read_jsonl
 from engine.errors import ConfigError
 from scheduler.cluster import Load
+from scheduler.config import SchedulerConfig
 from scheduler.recording import read_recording
-from scheduler.scheduler import SchedulerConfig
 from scheduler.trace import TraceError
 
 _PER_REPLICA: Final = "/replica"

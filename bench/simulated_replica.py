@@ -10,9 +10,9 @@ from typing import Any, get_args
 from bench import flags
 from engine.errors import ConfigError
 from scheduler.batching import Mode
+from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
 from scheduler.hardware import DEVICES, MODELS, Efficiency, ModelShape, estimate, kv_tokens
-from scheduler.scheduler import SchedulerConfig
 
 _ORDERS = ("fcfs", "priority", "fair")
 _PREEMPTIONS = ("auto", "recompute", "swap")

@@ -22,9 +22,10 @@ from engine.memory import plan_memory
 from engine.model_runner import ModelRunner
 from engine.models.decoder import Decoder
 from scheduler.batch import ScheduledBatch
+from scheduler.config import SchedulerConfig
 from scheduler.kv_budget import KVBudget, Window
 from scheduler.request import Request, StopRule
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,8 @@ from engine.observer import EngineObserver
 from engine.weights.checkpoint import Checkpoint, open_checkpoint
 from kernels import ops
 from scheduler.batching import Batching
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.trace import TracedScheduler
 from scheduler.waiting_queue import Order
 

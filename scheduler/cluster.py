@@ -18,8 +18,8 @@ from math import ceil
 from random import Random
 from typing import Final, Literal, Protocol, get_args
 
+from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
-from scheduler.scheduler import SchedulerConfig
 from scheduler.simulator import Arrival, Ended, Life, Replica, Served
 
 Routing = Literal["round-robin", "least-loaded", "random", "prefix"]

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scheduler.config import SchedulerConfig
 from scheduler.cost_model import Observation, Share, Work
 from scheduler.request import StopRule
-from scheduler.scheduler import SchedulerConfig
 from scheduler.simulator import Arrival, Served
 from scheduler.trace import TraceError, config_of, lines_of, stop_rule_of
 

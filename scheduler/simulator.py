@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from math import inf
 
 from scheduler.batch import ScheduledBatch, ScheduledSequence
+from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel, Work
 from scheduler.request import Request, StopRule
-from scheduler.scheduler import Scheduler, SchedulerConfig, SchedulerCounters
+from scheduler.scheduler import Scheduler, SchedulerCounters
 
 _TICK = 1e-6
 """Seconds by which time moves at least where the scheduler waits: sums of floats may miss a due moment by a bit."""

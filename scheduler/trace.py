@@ -17,9 +17,10 @@ from typing import Any, TextIO
 
 from scheduler.batch import Appended, ScheduledBatch
 from scheduler.batching import Batching
+from scheduler.config import SchedulerConfig
 from scheduler.kv_budget import KVBudget, Selection, Window
 from scheduler.request import FinishReason, Request, Sequence, StopRule
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.waiting_queue import Order
 
 VERSION = 1

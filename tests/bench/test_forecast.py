@@ -4,8 +4,8 @@ import pytest
 
 from bench.forecast import cautions, comparison, forecast_of, samples_of, speed_of, table, table_of_tries
 from scheduler.cluster import Cluster
+from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
-from scheduler.scheduler import SchedulerConfig
 from scheduler.simulator import Arrival, Served
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
-from scheduler.scheduler import SchedulerConfig
 from scheduler.simulator import Arrival
 from server.cli import main
 from tests.scheduler.simulated_traces import write_trace

@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from scheduler.batch import ScheduledBatch
 from scheduler.batching import Batching
+from scheduler.config import SchedulerConfig
 from scheduler.request import FinishReason, Request, Sequence, Status, StopRule
-from scheduler.scheduler import SchedulerConfig
 from scheduler.trace import Replay, TracedScheduler
 from scheduler.waiting_queue import Order
 from tests.scheduler.answers import Past, check_answer, check_search, ends_by_text, next_beams

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 import scheduler.trace
+from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
-from scheduler.scheduler import SchedulerConfig
 from scheduler.simulator import Arrival, Replica
 from scheduler.trace import TracedScheduler
 

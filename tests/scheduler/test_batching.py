@@ -3,8 +3,9 @@
 import pytest
 
 from scheduler.batching import Batching, Mode
+from scheduler.config import SchedulerConfig
 from scheduler.request import Request, StopRule
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.waiting_queue import Order
 from tests.scheduler.memory import step_tokens
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.cluster import ROUTINGS, Cluster, Outcome, Routing, UnservableError
+from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
-from scheduler.scheduler import SchedulerConfig
 from scheduler.simulator import Arrival
 
 _COST = CostModel(base=0.5, per_token=0.01)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from scheduler.batch import Compaction, ScheduledBatch
+from scheduler.config import SchedulerConfig
 from scheduler.kv_budget import KVBudget, Selection, Window
 from scheduler.request import Request, Status, StopRule
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from tests.scheduler.memory import Content, RecordingMemory, step_tokens
 
 windows = st.builds(Window, window=st.integers(1, 12), sinks=st.integers(0, 6))

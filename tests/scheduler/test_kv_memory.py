@@ -2,8 +2,9 @@
 
 import pytest
 
+from scheduler.config import SchedulerConfig
 from scheduler.request import Request, Status, StopRule
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from tests.scheduler.memory import RecordingMemory, step_tokens
 
 

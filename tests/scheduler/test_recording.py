@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from scheduler.cluster import Cluster
+from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel, Observation, Work
 from scheduler.recording import read_recording
-from scheduler.scheduler import SchedulerConfig
 from scheduler.simulator import Arrival, Served
 from scheduler.trace import TraceError
 from scheduler.waiting_queue import Order

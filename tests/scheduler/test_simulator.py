@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.batching import Batching
+from scheduler.config import SchedulerConfig
 from scheduler.cost_model import CostModel
-from scheduler.scheduler import SchedulerConfig
 from scheduler.simulator import Arrival, Replica, Served
 
 _SECOND = CostModel(base=1.0)

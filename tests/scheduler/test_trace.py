@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from scheduler.batching import Batching
+from scheduler.config import SchedulerConfig
 from scheduler.kv_memory import KVMemory
 from scheduler.request import Request, Sequence, StopRule
-from scheduler.scheduler import SchedulerConfig
 from scheduler.trace import Replay, TracedScheduler, TraceError
 from scheduler.waiting_queue import Order
 from server.cli import main

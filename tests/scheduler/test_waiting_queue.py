@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
+from scheduler.config import SchedulerConfig
 from scheduler.request import Request, StopRule
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.waiting_queue import TOKENS_PER_AGEING, Order, WaitingQueue
 from tests.scheduler.memory import step_tokens
 
