@@ -11,6 +11,7 @@ the order. Host blocks that a step reads or writes stay held until it is decided
 
 from array import array
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 
 from scheduler.batch import Compaction, Move, Transfers
 from scheduler.block_pool import BlockPool
@@ -83,7 +84,11 @@ class KVMemory:
     def blocks_needed(self, sequence: Sequence, num_tokens: int) -> int:
         """Free blocks that its next ``num_tokens`` tokens take, those for copies on write included."""
         budget = sequence.request.kv_budget
-        if isinstance(budget, Selection) and budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt):
+        if (
+            budget is not None
+            and isinstance(budget, Selection)
+            and budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt)
+        ):
             return len(self._to_replace(sequence, budget.slots + num_tokens))
         end = sequence.num_slots + num_tokens
         return self._num_blocks(end) - len(sequence.block_table) + len(self._writes_shared(sequence))
@@ -103,7 +108,11 @@ class KVMemory:
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Give it the blocks of its next ``num_tokens`` tokens; as many as `blocks_needed` are free."""
         budget = sequence.request.kv_budget
-        if isinstance(budget, Selection) and budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt):
+        if (
+            budget is not None
+            and isinstance(budget, Selection)
+            and budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt)
+        ):
             self._compact(sequence, budget.slots, num_tokens)
             return
         table, start = sequence.block_table, sequence.num_slots
@@ -230,16 +239,16 @@ class KVMemory:
         most = budget.max_blocks(min(sequence.num_uncomputed_tokens, self._step_tokens), self.block_size)
         return most if isinstance(budget, Selection) else min(most, self._num_blocks(num_slots))
 
-    def _writes_shared(self, sequence: Sequence) -> list[int]:
+    def _writes_shared(self, sequence: Sequence) -> Seq[int]:
         """The entries of the table that its next token writes to and others hold too.
 
-        That is the block which the token goes to, if it is there already; of a sequence that counts attention, all.
+        That is the block which the token goes to, if it is there already; of a sequence that counts attention, any.
         """
-        table, budget = sequence.block_table, sequence.request.kv_budget
-        first = sequence.num_slots // self.block_size
-        if isinstance(budget, Selection) and budget.keeps_mass:
-            first = 0
-        return [index for index in range(first, len(table)) if self.device.ref_count(table[index]) > 1]
+        table, budget, ref_count = sequence.block_table, sequence.request.kv_budget, self.device.ref_count
+        if budget is not None and isinstance(budget, Selection) and budget.keeps_mass:
+            return [index for index, block in enumerate(table) if ref_count(block) > 1]
+        index = sequence.num_slots // self.block_size
+        return (index,) if index < len(table) and ref_count(table[index]) > 1 else ()
 
     def _keys(self, sequence: Sequence, num_slots: int) -> list[bytes]:
         """The prefix-index keys of the whole blocks at its table's beginning; none of those that a budget changed."""
