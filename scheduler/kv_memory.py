@@ -83,15 +83,11 @@ class KVMemory:
 
     def blocks_needed(self, sequence: Sequence, num_tokens: int) -> int:
         """Free blocks that its next ``num_tokens`` tokens take, those for copies on write included."""
-        budget = sequence.request.kv_budget
-        if (
-            budget is not None
-            and isinstance(budget, Selection)
-            and budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt)
-        ):
-            return len(self._to_replace(sequence, budget.slots + num_tokens))
-        end = sequence.num_slots + num_tokens
-        return self._num_blocks(end) - len(sequence.block_table) + len(self._writes_shared(sequence))
+        if sequence.request.kv_budget is not None and (selection := _due(sequence)) is not None:
+            return len(self._to_replace(sequence, selection.slots + num_tokens))
+        start = sequence.num_computed_tokens - sequence.num_dropped
+        missing = self._num_blocks(start + num_tokens) - len(sequence.block_table)
+        return missing + len(self._writes_shared(sequence, start))
 
     def drop(self, sequence: Sequence) -> None:
         """Take back the blocks that a window has left before its next token."""
@@ -107,17 +103,12 @@ class KVMemory:
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Give it the blocks of its next ``num_tokens`` tokens; as many as `blocks_needed` are free."""
-        budget = sequence.request.kv_budget
-        if (
-            budget is not None
-            and isinstance(budget, Selection)
-            and budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt)
-        ):
-            self._compact(sequence, budget.slots, num_tokens)
+        if sequence.request.kv_budget is not None and (selection := _due(sequence)) is not None:
+            self._compact(sequence, selection.slots, num_tokens)
             return
-        table, start = sequence.block_table, sequence.num_slots
+        table, start = sequence.block_table, sequence.num_computed_tokens - sequence.num_dropped
         end, first = start + num_tokens, start // self.block_size
-        for index in self._writes_shared(sequence):  # copy-on-write
+        for index in self._writes_shared(sequence, start):  # copy-on-write
             (block,) = self._allocate(1)
             self._copies.append((table[index], block))
             self.device.release([table[index]])
@@ -239,15 +230,15 @@ class KVMemory:
         most = budget.max_blocks(min(sequence.num_uncomputed_tokens, self._step_tokens), self.block_size)
         return most if isinstance(budget, Selection) else min(most, self._num_blocks(num_slots))
 
-    def _writes_shared(self, sequence: Sequence) -> Seq[int]:
-        """The entries of the table that its next token writes to and others hold too.
+    def _writes_shared(self, sequence: Sequence, slot: int) -> Seq[int]:
+        """The entries of the table that its next token, which goes to ``slot``, writes to and others hold too.
 
         That is the block which the token goes to, if it is there already; of a sequence that counts attention, any.
         """
         table, budget, ref_count = sequence.block_table, sequence.request.kv_budget, self.device.ref_count
         if budget is not None and isinstance(budget, Selection) and budget.keeps_mass:
             return [index for index, block in enumerate(table) if ref_count(block) > 1]
-        index = sequence.num_slots // self.block_size
+        index = slot // self.block_size
         return (index,) if index < len(table) and ref_count(table[index]) > 1 else ()
 
     def _keys(self, sequence: Sequence, num_slots: int) -> list[bytes]:
@@ -325,3 +316,11 @@ class KVMemory:
         if self.host is not None:
             self.host.share(blocks)
             self._held.extend(blocks)
+
+
+def _due(sequence: Sequence) -> Selection | None:
+    """Its budget, if that is a selection which its policy has to make before the next token."""
+    budget = sequence.request.kv_budget
+    if isinstance(budget, Selection) and budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt):
+        return budget
+    return None
