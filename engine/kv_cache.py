@@ -49,10 +49,10 @@ class KVCache:
         return config.kv_values_per_token * block_size * dtype.itemsize
 
     def transfer(self, transfers: Transfers) -> None:
-        """Move blocks to the host, back from it, and on the device, in this order."""
+        """Move blocks to the host, on the device, and back from the host, in this order."""
         _move(self._device, self._host, transfers.out)
-        _move(self._host, self._device, transfers.back)
         _move(self._device, self._device, transfers.copies)
+        _move(self._host, self._device, transfers.back)
 
 
 def _move(origin: Sequence[Tensor], target: Sequence[Tensor], moves: Sequence[Move]) -> None:

@@ -30,7 +30,7 @@ class ScheduledSequence(NamedTuple):
 
 
 class Transfers(NamedTuple):
-    """Blocks to move before a step computes: all of ``out``, then all of ``back``, then all ``copies``.
+    """Blocks to move before a step computes: all of ``out``, then all ``copies``, then all of ``back``.
 
     Within each group all sources are read before any destination is written.
     """

@@ -82,4 +82,5 @@ class BlockPool:
             for block in table:
                 held[block] += 1
         assert held == self._refs, "a block's references differ from the tables that hold it"
-        assert set(self._free) == {b for b in range(self.num_blocks) if held[b] == 0}, "free + used ≠ total"
+        assert len(self._free) == held.count(0), "free + used ≠ total"
+        assert not any(map(held.__getitem__, self._free)), "a block is free though a table holds it"

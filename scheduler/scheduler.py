@@ -213,7 +213,7 @@ class Scheduler:
         items: list[ScheduledSequence] = []
         preempted = self.counters.preemptions
         budget = self._continue(items)
-        if self.counters.preemptions == preempted:
+        if self.counters.preemptions == preempted:  # who made room does not take it back in the same step
             self._admit(budget, items, now)
         while not items and self._returning and self._running:
             # All that run are beams which wait for others, and those find no room: the last in order makes some.

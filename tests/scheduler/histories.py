@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from scheduler.batch import ScheduledBatch
 from scheduler.batching import Batching
-from scheduler.request import Request, Sequence, Status, StopRule
+from scheduler.request import FinishReason, Request, Sequence, Status, StopRule
 from scheduler.scheduler import SchedulerConfig
 from scheduler.trace import Replay, TracedScheduler
 from scheduler.waiting_queue import Order
@@ -93,6 +93,7 @@ class Histories(RuleBasedStateMachine):
         self.found: dict[Request, list[Past]] = {}
         self.batch: list[Request] = []  # of a mode that batches requests
         self.horizon = 0  # requests that had come when it began
+        self.ended: dict[Sequence, FinishReason] = {}
         self.prey = dict(prey)  # states in which a request will be aborted, after so many sightings
         self.pending: ScheduledBatch | None = None
         self.now = 0.0
@@ -154,7 +155,10 @@ class Histories(RuleBasedStateMachine):
         self.expire()
         unbegun = [request for request in self.requests if request.cached_tokens is None]
         swapped = [sequence for sequence in self.live() if sequence.host_table]
+        waited = {sequence for sequence in self.live() if sequence.status is Status.WAITING}
         self.pending = self.scheduler.schedule(self.now)
+        if self.pending.num_preempted and not all(item.sequence in waited for item in self.pending.items):
+            assert not any(item.sequence in waited for item in self.pending.items), "one came while another had to go"
         self.check_step(self.pending)
         self.check_who_began([request for request in unbegun if request.cached_tokens is not None])
         self.memory.execute(self.pending)
@@ -256,10 +260,12 @@ class Histories(RuleBasedStateMachine):
             assert (inf if event is None else event) <= first, "something is due and nobody would wake"
 
     def check_who_began(self, began: list[Request]) -> None:
-        if began:
-            back = [s for s in self.live() if s.status is Status.WAITING and s.request.cached_tokens is not None]
-            assert all(sequence.parked for sequence in back), "a newcomer went before one that had to make room"
-        if self.config.batching.refills or not began:
+        if not began:
+            return
+        for sequence in self.live():
+            if sequence.status is Status.WAITING and sequence.request.cached_tokens is not None:
+                assert sequence.parked, "a newcomer went before one that had to make room"
+        if self.config.batching.refills:
             return
         if all(request.finished for request in self.batch):
             self.batch, self.horizon = [], len(self.requests)
@@ -268,10 +274,15 @@ class Histories(RuleBasedStateMachine):
         assert all(int(request.request_id) < self.horizon for request in began), "a batch was joined while it ran"
 
     @invariant()
-    def every_block_is_accounted_for(self) -> None:
+    def every_block_is_accounted_for_and_what_has_ended_stays_as_it_is(self) -> None:
         if hasattr(self, "scheduler"):
             self.scheduler.check()
             assert self.scheduler.num_running <= self.config.max_num_seqs
+            for request in self.requests:
+                for sequence in request.sequences:
+                    assert (sequence.finish_reason is None) == (sequence.status is not Status.FINISHED)
+                    if sequence.finish_reason is not None:
+                        assert self.ended.setdefault(sequence, sequence.finish_reason) == sequence.finish_reason
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -285,7 +296,7 @@ class Histories(RuleBasedStateMachine):
             self.trace.unlink()
 
     def run_to_the_end(self) -> None:
-        for _ in range(1_000):
+        for _ in range(10_000):
             self.begin_step()
             if not self.scheduler.has_work:
                 break

@@ -21,8 +21,8 @@ class RecordingMemory:
     def execute(self, batch: ScheduledBatch) -> None:
         """Write what the batch computes and assert that every sequence then reads its own past, and nothing else."""
         self._move(self._slots, self._host, batch.transfers.out)
-        self._move(self._host, self._slots, batch.transfers.back)
         self._move(self._slots, self._slots, batch.transfers.copies)
+        self._move(self._host, self._slots, batch.transfers.back)
         written: set[tuple[int, int]] = set()
         for item in batch.items:
             past = tuple(item.sequence.tokens)

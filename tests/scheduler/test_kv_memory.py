@@ -4,6 +4,7 @@ import pytest
 
 from scheduler.request import Request, Status, StopRule
 from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.waiting_queue import Order
 from tests.scheduler.memory import RecordingMemory, step_tokens
 
 
@@ -94,6 +95,18 @@ def test_a_prefix_that_the_device_has_forgotten_is_fetched_from_the_host() -> No
     assert (again.cached_tokens, tiers.scheduler.counters.blocks_swapped_in) == (8, 2)
 
 
+def test_what_was_fetched_from_the_host_is_found_on_the_device_from_then_on() -> None:
+    tiers = _Tiers(6, 16)
+    for name, prompt in (("a", list(range(12))), ("b", list(range(50, 73))), ("again", list(range(12)))):
+        tiers.add(name, prompt)
+        tiers.run()
+    fetched = tiers.scheduler.counters.blocks_swapped_in
+    third = tiers.add("third", list(range(12)))
+    assert tiers.run() == 4
+    assert (third.cached_tokens, tiers.scheduler.counters.blocks_swapped_in) == (8, fetched)
+    assert fetched > 0
+
+
 def test_the_host_forgets_what_was_used_longest_ago() -> None:
     tiers = _Tiers(2, 2)
     for name in "abcd":  # one full block each
@@ -105,12 +118,18 @@ def test_the_host_forgets_what_was_used_longest_ago() -> None:
 
 
 def test_a_newcomer_takes_no_blocks_that_a_running_prompt_still_needs() -> None:
-    tiers = _Tiers(6, 0, max_num_batched_tokens=8, prefix_caching=False)
-    tiers.add("long", list(range(20)))
-    newcomer = tiers.add("new", [7] * 8)
-    tiers.run()
-    assert tiers.scheduler.counters.preemptions == 0
-    assert newcomer.finished
+    order = Order(policy="priority")
+    tiers = _Tiers(8, 0, max_num_batched_tokens=8, prefix_caching=False, order=order)
+    beams = Request("beams", [1], StopRule(max_tokens=9), beam_width=2)
+    tiers.scheduler.add(beams)
+    tiers.step()
+    tiers.scheduler.advance(beams, [(beams.sequences[0], 5), (beams.sequences[0], 6)])
+    tiers.step()  # both are parked now, behind the long prompt, which leaves a token to each
+    tiers.scheduler.add(Request("long", range(20), StopRule(max_tokens=1), priority=-1))
+    newcomer = tiers.add("new", [7] * 5)
+    assert tiers.scheduler.pool.num_free == 6
+    assert [tiers.step() for _ in range(4)] == [8, 6, 6, 5]
+    assert (tiers.scheduler.counters.preemptions, newcomer.cached_tokens) == (0, 0)
 
 
 def test_swapping_needs_host_blocks() -> None:

@@ -5,10 +5,11 @@ import pytest
 from scheduler.batch import ScheduledBatch
 from scheduler.request import Request, Status, StopRule
 from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.waiting_queue import Order
 from tests.scheduler.memory import RecordingMemory, step_tokens
 
 
-def _scheduler(**limits: int | bool) -> Scheduler:
+def _scheduler(**limits: object) -> Scheduler:
     config = {"num_blocks": 64, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64, **limits}
     return Scheduler(SchedulerConfig(**config))  # type: ignore[arg-type]
 
@@ -63,6 +64,20 @@ def test_running_streams_keep_a_token_of_the_budget_while_a_long_prompt_is_compu
     scheduler.add(_request("b", [40, 41], n=1, max_tokens=9))
     shares = [_shares(_step(scheduler)) for _ in range(4)]
     assert shares == [{"long": 8}, {"long": 8}, {"long": 6, "b": 2}, {"long": 1, "b": 1}]
+
+
+def test_streams_keep_their_token_though_the_long_prompt_goes_first() -> None:
+    scheduler = _scheduler(max_num_batched_tokens=8, order=Order(policy="priority"))
+    for name in "ab":
+        scheduler.add(_request(name, [ord(name)], max_tokens=9))
+    _step(scheduler)
+    scheduler.add(Request("long", range(20), StopRule(max_tokens=1), priority=-1))
+    assert [_shares(_step(scheduler)) for _ in range(4)] == [
+        {"a": 1, "b": 1, "long": 6},
+        {"long": 6, "a": 1, "b": 1},
+        {"long": 6, "a": 1, "b": 1},
+        {"long": 2, "a": 1, "b": 1},
+    ]
 
 
 def test_waiting_requests_are_admitted_first_come_first_served() -> None:
@@ -173,6 +188,17 @@ def test_the_sequence_admitted_last_is_preempted_and_its_tokens_are_kept() -> No
     assert (old.sequences[0].num_output_tokens, young.sequences[0].num_output_tokens) == (8, 8)
 
 
+@pytest.mark.parametrize(("policy", "goes"), [("fcfs", "late"), ("fair", "late"), ("priority", "early")])
+def test_a_priority_makes_room_at_others_cost_only_where_it_is_the_order(policy: str, goes: str) -> None:
+    scheduler = _scheduler(num_blocks=4, order=Order(policy=policy), prefix_caching=False)  # type: ignore[arg-type]
+    for name, priority in (("early", 0), ("late", -9)):
+        request = Request(name, [1] * 8, StopRule(max_tokens=8), priority=priority, tenant=name)
+        scheduler.add(request)
+    while not _step(scheduler).num_preempted:
+        pass
+    assert [sequence.request.request_id for sequence in scheduler._returning] == [goes]
+
+
 def test_preemption_does_not_change_what_is_generated() -> None:
     outputs = []
     for num_blocks in (9, 64):
@@ -201,6 +227,7 @@ def test_a_continuation_that_finds_its_place_taken_waits_for_one() -> None:
     scheduler.advance(beams, [(beams.sequences[0], 5)] * 2)
     for _ in range(6):
         _step(scheduler)
+        assert scheduler.num_running <= 4
     assert [sequence.finish_reason for sequence in forking.sequences] == ["length"] * 3
 
 
