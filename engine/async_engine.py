@@ -291,6 +291,7 @@ class AsyncEngine:
             del self._states[request_id]
             self._scheduler.abort(state.request)
             state.end("abort", self.observer)
+            self._wake.set()
 
     # The loop
 
@@ -299,14 +300,15 @@ class AsyncEngine:
         worker = ThreadPoolExecutor(1, thread_name_prefix="octavo-model")
         try:
             while True:
-                while not self._scheduler.has_work:
-                    self._wake.clear()
-                    await self._wake.wait()
                 self._expire()
+                if not self._scheduler.has_work:
+                    self._scheduler.check()  # a block left behind is a failure, not a leak
+                    await self._sleep(until=None)
+                    continue
                 batch, rows = self._prepare()
                 selectors = [self._states[one.sequence.request.request_id].policy for one in batch.compactions]
                 if not batch:
-                    await self._wait_for_event()
+                    await self._sleep(until=self._scheduler.next_event())
                     continue
                 self._step_began = time.monotonic()
                 samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows, selectors)
@@ -321,12 +323,11 @@ class AsyncEngine:
             self._step_began = None
             worker.shutdown(wait=False)  # a step under way ends in its thread; waiting here would block the event loop
 
-    async def _wait_for_event(self) -> None:
-        """Sleep, though there is work: until a request comes, or a delayed batch or a time limit is due."""
-        due = self._scheduler.next_event()
+    async def _sleep(self, until: float | None) -> None:
+        """Until a request comes or goes, or that time is reached."""
         self._wake.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), None if due is None else max(due - time.monotonic(), 0))
+            await asyncio.wait_for(self._wake.wait(), None if until is None else max(until - time.monotonic(), 0))
 
     def _expire(self) -> None:
         for request in self._scheduler.expire(time.monotonic()):
@@ -404,7 +405,12 @@ class AsyncEngine:
         """The loop is dead: say so, and leave no client waiting."""
         logger.exception("the engine's loop failed", exc_info=error)
         self._failed = True
-        for state in list(self._states.values()):
-            self._scheduler.abort(state.request)
-            state.end("error", self.observer, EngineDeadError(_FAILED))
+        states = list(self._states.values())
         self._states.clear()
+        for state in states:
+            state.end("error", self.observer, EngineDeadError(_FAILED))
+        try:
+            for state in states:
+                self._scheduler.abort(state.request)
+        except Exception:  # it may be what has failed
+            logger.exception("what the failed requests held cannot be freed")

@@ -85,5 +85,5 @@ class BlockPool:
             for block in table:
                 held[block] += 1
         assert held == self._refs, "a block's references differ from the tables that hold it"
-        free = {*self._free, *range(self._fresh, self.num_blocks)}
-        assert free == {block for block in range(self.num_blocks) if held[block] == 0}, "free + used ≠ total"
+        assert self.num_free == held.count(0), "free + used ≠ total"
+        assert not any(map(held.__getitem__, self._free)), "a block is free though a table holds it"

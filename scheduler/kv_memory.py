@@ -89,6 +89,10 @@ class KVMemory:
         missing = self._num_blocks(start + num_tokens) - len(sequence.block_table)
         return missing + len(self._writes_shared(sequence, start))
 
+    def missing_blocks(self, sequence: Sequence) -> int:
+        """Blocks that it will still ask for before all tokens it has now are computed."""
+        return max(self._blocks_of_all(sequence) - len(sequence.block_table), 0)
+
     def drop(self, sequence: Sequence) -> None:
         """Take back the blocks that a window has left before its next token."""
         budget = sequence.request.kv_budget
@@ -156,12 +160,12 @@ class KVMemory:
 
     # it comes and goes
 
-    def enter(self, sequence: Sequence) -> bool:
-        """Give a sequence what the two tiers hold of it, if there is a block for each of its tokens."""
+    def enter(self, sequence: Sequence, spare: int) -> bool:
+        """Give a sequence what the two tiers hold of it, if all its tokens find a block and ``spare`` are left over."""
         swapped = bool(sequence.host_table)
         kept = self._swapped(sequence) if swapped else self._cached(sequence)
         shared = [block for block, in_host in kept if not in_host]
-        num_free = self.device.num_free - sum(self.device.ref_count(block) == 0 for block in shared)
+        num_free = self.device.num_free - sum(self.device.ref_count(block) == 0 for block in shared) - spare
         if self._blocks_of_all(sequence) - len(shared) > num_free:
             return False
         self.device.share(shared)

@@ -194,7 +194,9 @@ class Scheduler:
         """Choose what the next step computes, and take the blocks that it needs. Empty if all there is has to wait."""
         items: list[ScheduledSequence] = []
         preempted = self.counters.preemptions
-        self._admit(self._continue(items), items, now)
+        budget = self._continue(items)
+        if self.counters.preemptions == preempted:  # who made room does not take it back in the same step
+            self._admit(budget, items, now)
         while not items and self._returning and self._running:
             # All that run are beams which wait for others, and those find no room: the last in order makes some.
             self._preempt(self._running[-1])
@@ -264,14 +266,15 @@ class Scheduler:
     def _continue(self, items: list[ScheduledSequence]) -> int:
         """Let running sequences go on, in order; returns what is left of the budget."""
         budget = self.config.max_num_batched_tokens
-        going = [sequence for sequence in self._running if not sequence.parked]
-        num_after = len(going)
-        for sequence in going:
+        num_after = len(self._running)
+        for sequence in tuple(self._running):
             num_after -= 1
             if budget == 0 or sequence.status is not Status.RUNNING:  # preempted, and so are all behind it
                 break
-            # Each sequence behind this one keeps a token of the budget: a long prompt does not stall their streams.
             missing = len(sequence.tokens) - sequence.num_computed_tokens
+            if missing == 0:
+                continue
+            # Each sequence behind this one keeps a token of the budget: a long prompt does not stall their streams.
             num_tokens = min(missing, max(budget - num_after, 1))
             if sequence.request.kv_budget is not None:
                 self._memory.drop(sequence)
@@ -283,21 +286,19 @@ class Scheduler:
         return budget
 
     def _admit(self, budget: int, items: list[ScheduledSequence], now: float) -> None:
-        """Move waiting sequences into the step while budget, places and blocks last; those that ran before first.
-
-        No newcomer enters while a running prompt is computed in chunks, since a chunk takes all of the budget that is
-        left: or the two would take turns throwing each other out.
-        """
+        """Move waiting sequences into the step while budget, places and blocks last; those that ran before first."""
         if budget == 0 or not (self._returning or self._queue):
             return
         places = self.config.max_num_seqs - sum([_places(sequence) for sequence in self._running])
+        promised = sum([self._memory.missing_blocks(sequence) for sequence in self._running if not sequence.parked])
         while budget > 0 and (sequence := self._next(now)) is not None:
             places -= _places(sequence)
-            if places < 0 or not self._memory.enter(sequence):
+            if places < 0 or not self._memory.enter(sequence, promised):
                 return
             self._begin(sequence)
             num_tokens = min(sequence.num_uncomputed_tokens, sequence.max_step, budget)
             items.append(self._take(sequence, num_tokens))
+            promised += self._memory.missing_blocks(sequence)
             budget -= num_tokens
 
     def _next(self, now: float) -> Sequence | None:

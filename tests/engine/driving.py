@@ -2,7 +2,7 @@
 
 import asyncio
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,13 +39,25 @@ def all_logits(loaded: LoadedModel, tokens: Sequence[int], chunks: Sequence[int]
 
 
 class PreemptionCount(EngineObserver):
-    """Counts preemptions."""
+    """Counts preemptions, and blocks that moved to the host and back."""
 
-    preemptions = 0
+    preemptions = out = back = 0
 
     def on_preemption(self, count: int) -> None:
         """Add them."""
         self.preemptions += count
+
+    def on_swap(self, *, out: int, back: int) -> None:
+        """Add them."""
+        self.out += out
+        self.back += back
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Let the engine go on until the condition holds."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 — an engine has no event for each thing that a test may wait for
+            await asyncio.sleep(0)
 
 
 @dataclass
@@ -76,15 +88,20 @@ async def ask(
     return answer
 
 
-async def ask_all(engine: AsyncEngine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Answer]:
-    """Submit all prompts at once."""
-    return await asyncio.gather(*(ask(engine, prompt, params, f"r{i}") for i, prompt in enumerate(prompts)))
+async def ask_all(
+    engine: AsyncEngine, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+) -> list[Answer]:
+    """Submit all prompts at once, each with its own parameters or all with the same."""
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    return await asyncio.gather(
+        *(ask(engine, prompt, own, f"r{i}") for i, (prompt, own) in enumerate(zip(prompts, each, strict=True)))
+    )
 
 
 def generate(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
-    params: SamplingParams = GREEDY,
+    params: SamplingParams | Sequence[SamplingParams] = GREEDY,
     observer: EngineObserver | None = None,
     **limits: Any,
 ) -> list[Answer]:

@@ -155,9 +155,12 @@ class Histories(RuleBasedStateMachine):
         self.expire()
         unbegun = [request for request in self.requests if request.cached_tokens is None]
         swapped = [sequence for sequence in self.live() if sequence.host_table]
+        waited = {sequence for sequence in self.live() if sequence.status is Status.WAITING}
         self.pending = self.scheduler.schedule(self.now)
+        if self.pending.num_preempted and not all(item.sequence in waited for item in self.pending.items):
+            assert not any(item.sequence in waited for item in self.pending.items), "one came while another had to go"
         self.check_step(self.pending)
-        self.check_who_began([request for request in unbegun if request.cached_tokens is not None], self.pending)
+        self.check_who_began([request for request in unbegun if request.cached_tokens is not None])
         self.memory.execute(self.pending)
         self.steps += 1
         self.note_step(self.pending, swapped, unbegun)
@@ -256,15 +259,12 @@ class Histories(RuleBasedStateMachine):
             event = self.scheduler.next_event()
             assert (inf if event is None else event) <= first, "something is due and nobody would wake"
 
-    def check_who_began(self, began: list[Request], batch: ScheduledBatch) -> None:
+    def check_who_began(self, began: list[Request]) -> None:
         if not began:
             return
-        ends = {item.sequence: item.start + len(item.tokens) for item in batch.items}
         for sequence in self.live():
-            request = sequence.request
-            if request not in began and request.cached_tokens is not None and not sequence.parked:
-                assert sequence.status is Status.RUNNING, "a newcomer went before one that had to make room"
-                assert ends[sequence] == sequence.num_tokens, "a newcomer went before the rest of a prompt"
+            if sequence.status is Status.WAITING and sequence.request.cached_tokens is not None:
+                assert sequence.parked, "a newcomer went before one that had to make room"
         if self.config.batching.refills:
             return
         if all(request.finished for request in self.batch):

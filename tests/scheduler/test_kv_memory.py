@@ -5,6 +5,7 @@ import pytest
 from scheduler.config import SchedulerConfig
 from scheduler.request import Request, Status, StopRule
 from scheduler.scheduler import Scheduler
+from scheduler.waiting_queue import Order
 from tests.scheduler.memory import RecordingMemory, step_tokens
 
 
@@ -117,14 +118,19 @@ def test_the_host_forgets_what_was_used_longest_ago() -> None:
     assert [request.cached_tokens for request in again] == [4, 0]
 
 
-def test_a_newcomer_waits_for_the_rest_of_a_running_prompt_however_much_room_there_is() -> None:
-    tiers = _Tiers(16, 0, max_num_batched_tokens=8, prefix_caching=False)
-    tiers.add("long", list(range(20)))
-    newcomer = tiers.add("new", [7] * 8)
-    assert [tiers.step() for _ in range(2)] == [8, 8]
-    assert newcomer.cached_tokens is None
-    assert tiers.step() == 4 + 4
-    assert newcomer.cached_tokens == 0
+def test_a_newcomer_takes_no_blocks_that_a_running_prompt_still_needs() -> None:
+    order = Order(policy="priority")
+    tiers = _Tiers(8, 0, max_num_batched_tokens=8, prefix_caching=False, order=order)
+    beams = Request("beams", [1], StopRule(max_tokens=9), beam_width=2)
+    tiers.scheduler.add(beams)
+    tiers.step()
+    tiers.scheduler.advance(beams, [(beams.sequences[0], 5), (beams.sequences[0], 6)])
+    tiers.step()  # both are parked now, behind the long prompt, which leaves a token to each
+    tiers.scheduler.add(Request("long", range(20), StopRule(max_tokens=1), priority=-1))
+    newcomer = tiers.add("new", [7] * 5)
+    assert tiers.scheduler.pool.num_free == 6
+    assert [tiers.step() for _ in range(4)] == [8, 6, 6, 5]
+    assert (tiers.scheduler.counters.preemptions, newcomer.cached_tokens) == (0, 0)
 
 
 def test_swapping_needs_host_blocks() -> None:
