@@ -10,34 +10,28 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
 from engine.errors import ConfigError, EngineDeadError, InvalidRequestError, RequestTimeoutError
-from engine.kv_policies.fit import budget_refusal
 from engine.kv_policies.policy import KVPolicy
 from engine.model_runner import ModelRunner
 from engine.observer import EngineObserver
+from engine.request_checks import RequestChecks, is_endless
 from engine.request_state import RequestState, RequestStream
 from engine.sampler import Sample, SampleRow
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from scheduler.batch import ScheduledBatch
-from scheduler.kv_budget import KVBudget, Window
-from scheduler.request import Request, StopRule
 from scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("octavo.engine")
 
 STALL_SECONDS = 120.0
 """A step that takes longer will never end: a whole prompt of a large model on a slow CPU takes a few seconds."""
-
-_LONGEST = 2**31 - 1
-"""Tokens of a sequence whose KV is limited, at most."""
 
 _FAILED = "the engine has failed; see the server's log"
 
@@ -94,6 +88,7 @@ class AsyncEngine:
         self.tokenizer = tokenizer
         self.observer: EngineObserver = observer or EngineObserver()
         self._scheduler = scheduler
+        self._checks = RequestChecks(info, tokenizer, scheduler)
         self._runner = runner
         self._states: dict[str, RequestState] = {}
         self._seeds = random.Random(config.seed)
@@ -102,7 +97,7 @@ class AsyncEngine:
         self._failed = False
         self._step_began: float | None = None
         try:
-            self._budget(config.kv_policy)
+            self._checks.budget(config.kv_policy)
         except InvalidRequestError as error:
             raise ConfigError(f"--kv-policy: {error}") from None
 
@@ -160,7 +155,7 @@ class AsyncEngine:
             raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
         now = time.monotonic()
         policy = kv_policy or self.config.kv_policy
-        request = self._request(
+        request = self._checks.request(
             prompt,
             params,
             policy,
@@ -210,80 +205,8 @@ class AsyncEngine:
         return slots
 
     def is_endless(self, policy: KVPolicy) -> bool:
-        """Whether a request under the policy may go on past the context length.
-
-        It may where no query is farther from a key that it sees than a window reaches.
-        """
-        return isinstance(policy.budget(), Window)
-
-    # A request's way in and out
-
-    def _request(
-        self, prompt: Sequence[int], params: SamplingParams, policy: KVPolicy, request_id: str, **options: Any
-    ) -> Request:
-        self._check_prompt(prompt)
-        budget = self._budget(policy)
-        if params.n < 1:
-            raise InvalidRequestError("n must be at least 1", param="n")
-        if params.width < params.n:
-            raise InvalidRequestError(f"best_of must be at least n ({params.n})", param="best_of")
-        if params.logprobs is not None and not 0 <= params.logprobs <= self.info.vocab_size:
-            raise InvalidRequestError(f"logprobs must be from 0 to {self.info.vocab_size}", param="logprobs")
-        max_tokens = self._max_tokens(len(prompt), params.max_tokens, endless=self.is_endless(policy))
-        if max_tokens < 1:
-            raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
-        if params.min_tokens > max_tokens:
-            raise InvalidRequestError(f"min_tokens is more than max_tokens ({max_tokens})", param="min_tokens")
-        self._check_ids(params.logit_bias, "logit_bias")
-        self._check_ids(params.stop_token_ids, "stop_token_ids")
-        for places, param in ((1, "max_tokens"), (params.width, "n" if params.best_of is None else "best_of")):
-            refusal = self._scheduler.refusal(len(prompt) + max_tokens, places, budget)
-            if refusal is not None:
-                raise InvalidRequestError(refusal, param=param)
-        eos = () if params.ignore_eos else self.tokenizer.eos_token_ids
-        # A file may name ids that its model does not have: those cannot be sampled, nor forbidden.
-        stops = {token for token in eos if token < self.info.vocab_size}.union(params.stop_token_ids)
-        rule = StopRule(max_tokens=max_tokens, min_tokens=params.min_tokens, stop_token_ids=frozenset(stops))
-        beam_width = None if params.beams is None else params.width
-        return Request(request_id, prompt, rule, n=params.width, beam_width=beam_width, kv_budget=budget, **options)
-
-    def _budget(self, policy: KVPolicy) -> KVBudget | None:
-        try:
-            budget = policy.budget()
-        except ValueError as error:
-            raise InvalidRequestError(str(error), param="kv_policy") from None
-        if budget is None:
-            return None
-        refusal = budget_refusal(budget, self.info)
-        if refusal is not None:
-            raise InvalidRequestError(refusal, param="kv_policy")
-        return budget
-
-    def _max_tokens(self, num_prompt: int, wanted: int | None, *, endless: bool) -> int:
-        """Output tokens at most. What holds no more KV than its budget may go on past the context length."""
-        room = self.info.max_model_len - num_prompt
-        if endless:
-            return max(room, 1) if wanted is None else min(wanted, _LONGEST - num_prompt)
-        if room < 1 or (wanted is not None and wanted > room):
-            asked = "" if wanted is None else f" and {wanted} output tokens were asked for"
-            raise InvalidRequestError(
-                f"the model's context length is {self.info.max_model_len} tokens; the prompt has {num_prompt}{asked}",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        return room if wanted is None else wanted
-
-    def _check_prompt(self, prompt: Sequence[int]) -> None:
-        if not prompt:
-            raise InvalidRequestError("the prompt is empty", param="prompt")
-        self._check_ids((min(prompt), max(prompt)), "prompt")
-
-    def _check_ids(self, ids: Iterable[int], param: str) -> None:
-        for token in ids:
-            if not 0 <= token < self.info.vocab_size:
-                raise InvalidRequestError(
-                    f"token id {token} is outside the vocabulary of {self.info.vocab_size}", param=param
-                )
+        """Whether a request under the policy may go on past the context length."""
+        return is_endless(policy)
 
     def _abort(self, state: RequestState) -> None:
         request_id = state.request.request_id
