@@ -1,12 +1,28 @@
 """Models that several test modules share, each loaded once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.config import EngineConfig
 from engine.launch import LoadedModel, load_model
 from tests.engine.checkpoints import random_model, save
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """All that is computed here is so small, or the machine so busy, that threads would wait for each other.
+
+    A forward pass of three tokens of SmolLM2 in transformers took 5 s with two threads on two busy cores, 0.2 with one.
+    """
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.launch.available_cores", lambda: 1)
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

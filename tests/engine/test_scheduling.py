@@ -4,10 +4,12 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from engine.beam_search import BeamParams
 from engine.launch import LoadedModel
 from engine.sampling_params import SamplingParams
+from tests.engine.checkpoints import random_model
 from tests.engine.driving import GREEDY, Answer, PreemptionCount, generate
 
 _PROMPTS = [[5 + i % 7 + j for j in range(3 + 4 * i)] for i in range(12)]
@@ -64,6 +66,43 @@ def test_answers_of_every_kind_are_those_that_each_request_gets_alone(
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
     assert [answer.text for answer in answers] == [answer.text for answer in alone]
     assert {name for name in _MOVED if getattr(count, name)} == happens
+
+
+@pytest.fixture(scope="module")
+def beams_of_transformers() -> list[list[list[int]]]:
+    """For each of eight prompts the three best of four beams, from the model that `tiny` was saved from."""
+    model = random_model("llama")
+    found = [
+        model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=20,
+            do_sample=False,
+            num_beams=4,
+            num_return_sequences=3,
+            length_penalty=0.8,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+        for prompt in _PROMPTS[:8]
+    ]
+    return [beams[:, len(prompt) :].tolist() for prompt, beams in zip(_PROMPTS, found, strict=False)]
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"kv_cache_memory": _SMALL}, {"kv_cache_memory": _SMALL, "swap_memory": 8 * _SMALL}], ids=str
+)
+def test_beams_of_eight_prompts_are_those_of_transformers(
+    tiny: LoadedModel, beams_of_transformers: list[list[list[int]]], limits: dict[str, Any]
+) -> None:
+    params, count = SamplingParams(max_tokens=20, n=3, beams=BeamParams(width=4, length_penalty=0.8)), PreemptionCount()
+    answers = generate(tiny, _PROMPTS[:8], params, observer=count, **limits)
+    for answer, theirs in zip(answers, beams_of_transformers, strict=True):
+        assert [
+            answer.tokens[index] + [0] * (len(theirs[index]) - len(answer.tokens[index])) for index in range(3)
+        ] == theirs
+    assert bool(count.preemptions) == bool(limits)
+    assert bool(count.back) == ("swap_memory" in limits)
 
 
 def test_the_best_beam_comes_first(alone: list[Answer]) -> None:
