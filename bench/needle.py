@@ -1,6 +1,6 @@
 """A needle in a haystack: a number told somewhere in filler text, asked for at its end, by KV policy and depth.
 
-(Kamradt 2023; passkey retrieval, Mohtashami and Jaggi 2023, §4.2.)
+(Kamradt 2023; passkey retrieval, Mohtashami and Jaggi 2023.)
 """
 
 import argparse
