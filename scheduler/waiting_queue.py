@@ -120,7 +120,7 @@ class WaitingQueue:
     def charge(self, request: Request, num_tokens: int) -> None:
         """Note that a request's tenant was given ``num_tokens``; for fair sharing only."""
         self._served[request.tenant] = self._served.get(request.tenant, self._level) + num_tokens
-        if len(self._served) > _MAX_TENANTS_REMEMBERED:
+        if len(self._served) - len(self._heaps) > _MAX_TENANTS_REMEMBERED:
             self._forget_tenants()
 
     def _score(self, request: Request) -> tuple[float, Rank]:

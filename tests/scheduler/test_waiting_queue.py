@@ -4,7 +4,11 @@ from collections import Counter
 
 import pytest
 
+<<<<<<< HEAD
 from scheduler.config import SchedulerConfig
+=======
+from scheduler import waiting_queue
+>>>>>>> hist
 from scheduler.request import Request, StopRule
 from scheduler.scheduler import Scheduler
 from scheduler.waiting_queue import TOKENS_PER_AGEING, Order, WaitingQueue
@@ -102,12 +106,21 @@ def test_what_is_taken_out_is_not_served_and_not_counted() -> None:
     assert (len(queue.queue), queue.queue.num_tokens, queue.queue.oldest) == (0, 0, None)
 
 
-def test_tenants_without_end_do_not_fill_the_memory() -> None:
+def test_tenants_without_end_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting_queue, "_MAX_TENANTS_REMEMBERED", 100)
     queue = _Queue(Order(policy="fair"))
-    for number in range(25_000):
+    for number in range(250):
         queue.add("r", tenant=str(number))
         queue.drain(charge=1)
-    assert len(queue.queue._served) <= 10_000
+    assert len(queue.queue._served) <= 100
+
+
+def test_tenants_that_wait_are_not_searched_for_one_to_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting_queue, "_MAX_TENANTS_REMEMBERED", 10)
+    queue = _Queue(Order(policy="fair"))
+    waiting = [queue.add("r", tenant=str(number)) for number in range(50)]
+    monkeypatch.setattr(WaitingQueue, "_forget_tenants", lambda _: pytest.fail("there is none"))
+    queue.queue.charge(waiting[0], 1)
 
 
 def test_requests_without_end_that_leave_before_their_turn_do_not_fill_the_memory() -> None:
