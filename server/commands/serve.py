@@ -1,8 +1,8 @@
 """`octavo serve`."""
 
 import argparse
-import gc
 import asyncio
+import gc
 import logging
 import socket
 import sys

@@ -4,11 +4,8 @@ from collections import Counter
 
 import pytest
 
-<<<<<<< HEAD
-from scheduler.config import SchedulerConfig
-=======
 from scheduler import waiting_queue
->>>>>>> hist
+from scheduler.config import SchedulerConfig
 from scheduler.request import Request, StopRule
 from scheduler.scheduler import Scheduler
 from scheduler.waiting_queue import TOKENS_PER_AGEING, Order, WaitingQueue
