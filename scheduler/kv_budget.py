@@ -85,9 +85,8 @@ class Selection:
         return 0 if self.keeps_mass else self.slots + min(self.slack, self.prompt_slack)
 
     def max_blocks(self, step_tokens: int, block_size: int) -> int:
-        """Blocks that it takes at most, those included that the first selection out of shared blocks goes to."""
-        blocks = -(-(self.slots + max(self.slack, self.prompt_slack)) // block_size)
-        return blocks if self.keeps_mass else 2 * blocks
+        """Blocks that it takes at most, between one selection and the next."""
+        return -(-(self.slots + max(self.slack, self.prompt_slack)) // block_size)
 
     def is_due(self, num_slots: int, *, in_prompt: bool) -> bool:
         """Whether the policy has to select before the next token."""

@@ -124,24 +124,34 @@ class KVMemory:
             self._publish(sequence, first, end)
 
     def _to_replace(self, sequence: Sequence, num_slots: int) -> list[int]:
-        """Entries of the table, as long as so many slots need it, that are missing, shared, or known to the index."""
-        table, device = sequence.block_table, self.device
+        """Entries of the table, as long as so many slots need it, that are missing or shared."""
+        table, ref_count = sequence.block_table, self.device.ref_count
         return [
-            index
-            for index in range(self._num_blocks(num_slots))
-            if index >= len(table)
-            or device.ref_count(table[index]) > 1
-            or device.index.key_of(table[index]) is not None
+            index for index in range(self._num_blocks(num_slots)) if index >= len(table) or ref_count(table[index]) > 1
         ]
+
+    def _keep_published(self, sequence: Sequence, num_slots: int, replaced: list[int]) -> list[int]:
+        """The entries that the prefix index knows as well, if there is room to replace those too; else it forgets them.
+
+        A cached prefix is worth a copy, yet no sequence may wait for more blocks than its budget says.
+        """
+        table, index = sequence.block_table, self.device.index
+        known = [i for i in range(min(self._num_blocks(num_slots), len(table))) if index.key_of(table[i]) is not None]
+        wanted = sorted({*replaced, *known})
+        if len(wanted) <= self.device.num_free:
+            return wanted
+        for i in known:
+            if i not in replaced:
+                index.forget(table[i])
+        return replaced
 
     def _compact(self, sequence: Sequence, num_kept: int, num_tokens: int) -> None:
         """Have ``num_kept`` slots selected into blocks of its own, with room for ``num_tokens`` more behind them."""
         source, num_slots = sequence.block_table, sequence.num_slots
-        replaced = self._to_replace(sequence, num_kept + num_tokens)
+        end = num_kept + num_tokens
+        replaced = self._keep_published(sequence, end, self._to_replace(sequence, end))
         fresh = dict(zip(replaced, self._allocate(len(replaced)), strict=True))
-        blocks = [
-            fresh.get(i, source[i] if i < len(source) else -1) for i in range(self._num_blocks(num_kept + num_tokens))
-        ]
+        blocks = [fresh.get(i, source[i] if i < len(source) else -1) for i in range(self._num_blocks(end))]
         self._retired += [block for block in source if block not in set(blocks)]
         sequence.block_table = array("i", blocks)
         sequence.num_dropped += num_slots - num_kept
@@ -229,10 +239,10 @@ class KVMemory:
         """Blocks that it holds at most until all tokens that it has now are computed."""
         num_slots = sequence.num_tokens - sequence.num_dropped
         budget = sequence.request.kv_budget
-        if budget is None or (isinstance(budget, Selection) and num_slots < budget.slots + 1):
+        if budget is None:
             return self._num_blocks(num_slots)
         most = budget.max_blocks(min(sequence.num_uncomputed_tokens, self._step_tokens), self.block_size)
-        return most if isinstance(budget, Selection) else min(most, self._num_blocks(num_slots))
+        return min(most, self._num_blocks(num_slots))
 
     def _writes_shared(self, sequence: Sequence, slot: int) -> Seq[int]:
         """The entries of the table that its next token, which goes to ``slot``, writes to and others hold too.

@@ -159,13 +159,16 @@ class Budgets(RuleBasedStateMachine):
     """Requests with and without budgets in one pool that is too small for them."""
 
     @initialize(
+        num_slots=st.sampled_from([20, 48]),
         block_size=st.sampled_from([1, 2, 4]),
         max_num_batched_tokens=st.integers(1, 24),
         num_host_blocks=st.sampled_from([0, 40]),
         prefix_caching=st.booleans(),
     )
-    def start(self, block_size: int, **limits: Any) -> None:
-        self.config = SchedulerConfig(num_blocks=48 // block_size, block_size=block_size, max_num_seqs=6, **limits)
+    def start(self, num_slots: int, block_size: int, **limits: Any) -> None:
+        self.config = SchedulerConfig(
+            num_blocks=num_slots // block_size, block_size=block_size, max_num_seqs=6, **limits
+        )
         self.scheduler = Scheduler(self.config)
         self.memory = BudgetedMemory(self.config.num_blocks, block_size, self.config.num_host_blocks)
         self.requests: list[Request] = []
