@@ -95,7 +95,10 @@ def beams_of_transformers() -> list[list[list[int]]]:
 def test_beams_of_eight_prompts_are_those_of_transformers(
     tiny: LoadedModel, beams_of_transformers: list[list[list[int]]], limits: dict[str, Any]
 ) -> None:
-    params, count = SamplingParams(max_tokens=20, n=3, beams=BeamParams(width=4, length_penalty=0.8)), PreemptionCount()
+    params, count = (
+        SamplingParams(max_tokens=20, n=3, best_of=4, beams=BeamParams(length_penalty=0.8)),
+        PreemptionCount(),
+    )
     answers = generate(tiny, _PROMPTS[:8], params, observer=count, **limits)
     for answer, theirs in zip(answers, beams_of_transformers, strict=True):
         assert [
