@@ -54,8 +54,9 @@ class Windows:
     def heading(self) -> str:
         """What was measured on what."""
         scored = len(self.texts[0]) - 1 - self.skip
+        windows = f"{len(self.texts)} windows" if len(self.texts) > 1 else "a window"
         return (
-            f"{self.info.model_name}, {self.info.dtype}, {self.text_name}: {len(self.texts)} windows of "
+            f"{self.info.model_name}, {self.info.dtype}, {self.text_name}: {windows} of "
             f"{len(self.texts[0]):,} tokens, the last {scored:,} of each scored, {len(self.texts) * scored:,} in all"
         )
 

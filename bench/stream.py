@@ -124,7 +124,8 @@ class Stream:
                 right.plot(ends, [part.blocks for part in one.parts], color=color, linewidth=1.8)
             for axes in (left, right):
                 axes.set_xlabel("position")
-                axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+                for axis in (axes.xaxis, axes.yaxis):
+                    axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
                 if self.trained_length < len(self.text):
                     axes.axvline(self.trained_length, color=QUIET, linestyle=":", linewidth=1.5, label="trained length")
             left.set(yscale="log", ylabel="perplexity, logarithmic")
