@@ -108,7 +108,7 @@ def score(
         if batch.num_preempted or not batch:
             raise RuntimeError(f"the policy {policy.name!r} takes more blocks than its budget says")
         places, targets = _wanted(batch, texts, skip, witness)
-        runner.execute(batch, [], [policy] * len(batch.compactions))
+        runner.execute(batch, [], {str(index): policy for index in range(len(texts))})
         if places:
             wanted = torch.tensor(targets, device=loaded.device)
             losses = torch.nn.functional.cross_entropy(witness.logits.float(), wanted, reduction="none")

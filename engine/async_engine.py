@@ -26,6 +26,7 @@ from engine.sampler import Sample, SampleRow
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from scheduler.batch import ScheduledBatch
+from scheduler.kv_budget import Selection
 from scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("octavo.engine")
@@ -229,12 +230,12 @@ class AsyncEngine:
                     await self._sleep(until=None)
                     continue
                 batch, rows = self._prepare()
-                selectors = [self._states[one.sequence.request.request_id].policy for one in batch.compactions]
+                policies = self._policies(batch)
                 if not batch:
                     await self._sleep(until=self._scheduler.next_event())
                     continue
                 self._step_began = time.monotonic()
-                samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows, selectors)
+                samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows, policies)
                 self._step_began = None
                 self._finish_step(batch, samples)
                 # Let the clients' tasks send what they got before the next step takes all cores again: a model thread
@@ -245,6 +246,11 @@ class AsyncEngine:
         finally:
             self._step_began = None
             worker.shutdown(wait=False)  # a step under way ends in its thread; waiting here would block the event loop
+
+    def _policies(self, batch: ScheduledBatch) -> dict[str, KVPolicy]:
+        """Of the requests whose policy selects, by id."""
+        ids = [item.sequence.request.request_id for item in batch.items if isinstance(item.kv_budget, Selection)]
+        return {request_id: self._states[request_id].policy for request_id in ids}
 
     async def _sleep(self, until: float | None) -> None:
         """Until a request comes or goes, or that time is reached."""

@@ -1,13 +1,17 @@
 """One step's tensors: the scheduled sequences' tokens, of any number each, laid end to end."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kv_policies.policy import KVPolicy, Pruner
+from kernels.counted import Counted
+from kernels.pruning import Pruning
 from scheduler.batch import ScheduledSequence
 from scheduler.kv_budget import Selection, Window
 
@@ -50,6 +54,19 @@ class SlotLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class PrunedSequence:
+    """A sequence whose policy prunes within attention."""
+
+    index: int
+    """Which of the batch's sequences it is."""
+    pruning: Pruning
+    begins: bool
+    """Whether this is its first step."""
+    first_output: int
+    """The first of the batch's rows that is not one of its prompt's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """B sequences with T tokens in all, of which R positions' logits are wanted."""
 
@@ -68,16 +85,26 @@ class ForwardBatch:
     logits_rows: Tensor
     """[R] int64: indices into T."""
     limits: SlotLimits | None = None
-    counted: Tensor | None = None
-    """[B] uint8: which queries' attention each sequence counts, see `ops.attention_mass`; None if all count none."""
+    counted: Counted | None = None
+    """Which queries' attention each sequence counts; None if all count none."""
+    selected: Tensor | None = None
+    """[B] bool: whose KV a policy has selected before, so that heads may not see its first slots; None: nobody's."""
+    pruned: tuple["PrunedSequence", ...] = ()
+    """The sequences whose policy prunes within attention."""
 
     def sampled(self, x: Tensor) -> Tensor:
         """x [T, …] → its R rows whose logits are wanted."""
         return x if len(self.logits_rows) == len(x) else x[self.logits_rows]
 
     @classmethod
-    def build(cls, items: Sequence[ScheduledSequence], block_size: int, device: torch.device) -> "ForwardBatch":
-        """Lay out the scheduled sequences."""
+    def build(
+        cls,
+        items: Sequence[ScheduledSequence],
+        block_size: int,
+        device: torch.device,
+        policies: Mapping[str, KVPolicy] = MappingProxyType({}),
+    ) -> "ForwardBatch":
+        """Lay out the scheduled sequences. ``policies`` by request id are those of the selecting ones."""
         counts = np.array([len(item.tokens) for item in items], dtype=np.int64)
         starts = np.array([item.start for item in items], dtype=np.int64)
         tables = np.zeros((len(items), max(len(item.block_table) for item in items)), dtype=np.int32)
@@ -106,12 +133,50 @@ class ForwardBatch:
             block_tables=torch.from_numpy(tables).to(device, non_blocking=True),
             logits_rows=on_device(ends[sampled] - 1, np.int64),
             limits=None if limits is None else limits.to(device),
-            counted=_counted(items, device),
+            counted=_counted(items, ends - counts, device),
+            selected=_selected(items, device),
+            pruned=_pruned(items, ends - counts, policies),
         )
 
 
-def _counted(items: Sequence[ScheduledSequence], device: torch.device) -> Tensor | None:
-    kinds = [item.kv_budget.counted if isinstance(item.kv_budget, Selection) else "none" for item in items]
-    if all(kind == "none" for kind in kinds):
+def _counted(items: Sequence[ScheduledSequence], rows: "_Numbers", device: torch.device) -> Counted | None:
+    """The first row that counts of each sequence, which begins at ``rows``, and how many slots keep their sums."""
+    pairs = [_counted_of(item, row) for item, row in zip(items, rows.tolist(), strict=True)]
+    if all(kept < 0 for _, kept in pairs):
         return None
-    return torch.tensor([("none", "all", "last").index(kind) for kind in kinds], dtype=torch.uint8, device=device)
+    first, kept = torch.tensor(pairs, dtype=torch.int32, device=device).unbind(1)
+    return Counted(first.contiguous(), kept.contiguous())
+
+
+def _counted_of(item: ScheduledSequence, row: int) -> tuple[int, int]:
+    counted = item.kv_budget.counted if isinstance(item.kv_budget, Selection) else "none"
+    count, before = len(item.tokens), item.start - item.num_dropped
+    match counted:
+        case "none":
+            return row, -1
+        case "all":
+            return row, before
+        case "last":
+            return row + count - 1, 0
+    num_prompt = item.sequence.request.num_prompt_tokens
+    first = max(num_prompt - counted, 0)
+    if item.start >= num_prompt or item.start + count <= first:
+        return row, -1
+    return row + max(first - item.start, 0), before if item.start > first else 0
+
+
+def _selected(items: Sequence[ScheduledSequence], device: torch.device) -> Tensor | None:
+    selected = [isinstance(item.kv_budget, Selection) and item.num_dropped > 0 for item in items]
+    return torch.tensor(selected, device=device) if any(selected) else None
+
+
+def _pruned(
+    items: Sequence[ScheduledSequence], rows: "_Numbers", policies: Mapping[str, KVPolicy]
+) -> tuple[PrunedSequence, ...]:
+    found = []
+    for index, item in enumerate(items):
+        policy = policies.get(item.sequence.request.request_id) if policies else None
+        if isinstance(policy, Pruner):
+            output = int(rows[index]) + max(item.sequence.request.num_prompt_tokens - item.start, 0)
+            found.append(PrunedSequence(index, policy.pruning(), item.start == 0, output))
+    return tuple(found)

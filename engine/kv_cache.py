@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,44 @@ class LayerCache:
     value: Tensor
     mass: Tensor
     """[num_blocks, num_kv_heads, block_size] float32: the attention that slots got, for sequences that sum it up."""
+    output: Tensor
+    """[num_blocks, num_kv_heads] float32: the sum of |attention's output| of a sequence's KV heads, for sequences that
+    sum it up, with their first block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """All layers' blocks in one place: a tensor for each kind of thing that is kept, [layers, blocks, …]."""
+
+    kv: Tensor
+    """[layers, 2, blocks, num_kv_heads, block_size, head_dim]: keys, values."""
+    mass: Tensor
+    """[layers, blocks, num_kv_heads, block_size] float32, see `LayerCache`."""
+    positions: Tensor
+    """[layers, blocks, num_kv_heads, block_size] int32: of the tokens in slots that a policy selected."""
+    hidden: Tensor
+    """[layers, blocks, num_kv_heads] int32: how many first slots a KV head does not see of a sequence that a policy
+    selected for, with its first block."""
+    output: Tensor
+    """[layers, blocks, num_kv_heads] float32, see `LayerCache`."""
+
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, **place: Any
+    ) -> "Storage":
+        """Room for so many blocks; ``place`` is what torch.empty is told of the device."""
+        layers, heads = config.num_layers, config.num_kv_heads
+        return cls(
+            kv=torch.empty((layers, 2, num_blocks, heads, block_size, config.head_dim), dtype=dtype, **place),
+            mass=torch.empty((layers, num_blocks, heads, block_size), **place),
+            positions=torch.empty((layers, num_blocks, heads, block_size), dtype=torch.int32, **place),
+            hidden=torch.empty((layers, num_blocks, heads), dtype=torch.int32, **place),
+            output=torch.empty((layers, num_blocks, heads), **place),
+        )
+
+    def by_block(self) -> list[Tensor]:
+        """Everything, with the blocks as the second dimension."""
+        return [self.kv[:, 0], self.kv[:, 1], self.mass, self.positions, self.hidden, self.output]
 
 
 class KVCache:
@@ -39,15 +78,13 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        block = (config.num_kv_heads, block_size, config.head_dim)
-        layers, pinned = range(config.num_layers), device.type == "cuda" and num_host_blocks > 0
-        self._device = [torch.empty((2, num_blocks, *block), dtype=dtype, device=device) for _ in layers]
-        self._host = [torch.empty((2, num_host_blocks, *block), dtype=dtype, pin_memory=pinned) for _ in layers]
-        sums = block[:2]
-        self._mass = [torch.empty((1, num_blocks, *sums), device=device) for _ in layers]
-        self._host_mass = [torch.empty((1, num_host_blocks, *sums), pin_memory=pinned) for _ in layers]
+        pinned = device.type == "cuda" and num_host_blocks > 0
+        self.storage = Storage.empty(config, num_blocks, block_size, dtype, device=device)
+        self._host = Storage.empty(config, num_host_blocks, block_size, dtype, pin_memory=pinned)
+        here = self.storage
         self.layers = tuple(
-            LayerCache(layer[0], layer[1], mass[0]) for layer, mass in zip(self._device, self._mass, strict=True)
+            LayerCache(here.kv[layer, 0], here.kv[layer, 1], here.mass[layer], here.output[layer])
+            for layer in range(config.num_layers)
         )
 
     @staticmethod
@@ -55,19 +92,26 @@ class KVCache:
         """Bytes of one block over all layers."""
         return config.kv_values_per_token * block_size * dtype.itemsize
 
+    def hidden_slots(self, block_tables: Tensor, selected: Tensor | None) -> Tensor | None:
+        """How many first slots each KV head does not see of sequences that a policy ``selected`` for, [B] bool.
+
+        block_tables [B, M] → [layers, B, num_kv_heads] int32, 0 for the other sequences; None if there are no others.
+        """
+        if selected is None:
+            return None
+        return self.storage.hidden[:, block_tables[:, 0]] * selected.unsqueeze(-1)
+
     def transfer(self, transfers: Transfers) -> None:
         """Move blocks to the host, on the device, and back from the host, in this order; see `Transfers`."""
-        for device, host in ((self._device, self._host), (self._mass, self._host_mass)):
+        for device, host in zip(self.storage.by_block(), self._host.by_block(), strict=True):
             _move(device, host, transfers.out)
             _move(device, device, transfers.copies)
             _move(host, device, transfers.back)
 
 
-def _move(origin: Sequence[Tensor], target: Sequence[Tensor], moves: Sequence[Move]) -> None:
-    """Copy blocks in every layer; all sources are read before any destination is written."""
-    if not moves:
-        return
-    sources, destinations = torch.tensor(moves).unbind(1)
-    sources, destinations = sources.to(origin[0].device), destinations.to(target[0].device)
-    for layer, to in zip(origin, target, strict=True):
-        to[:, destinations] = layer[:, sources].to(to.device)
+def _move(origin: Tensor, target: Tensor, moves: Sequence[Move]) -> None:
+    """Copy blocks, the second dimension, in every layer; all sources are read before any destination is written."""
+    if moves:
+        sources, destinations = torch.tensor(moves).unbind(1)
+        moved = origin[:, sources.to(origin.device)]
+        target[:, destinations.to(target.device)] = moved.to(target.device)

@@ -1,7 +1,8 @@
 """Computes a scheduled step: lays the batch out, runs the model over it, samples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 
 import torch
 
@@ -24,17 +25,20 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(
-        self, batch: ScheduledBatch, rows: Sequence[SampleRow], selectors: Sequence[KVPolicy] = ()
+        self,
+        batch: ScheduledBatch,
+        rows: Sequence[SampleRow],
+        policies: Mapping[str, KVPolicy] = MappingProxyType({}),
     ) -> list[list[Sample]]:
         """Compute one step. ``rows`` holds each item's ``num_samples`` rows in turn; so does, by item, the answer.
 
-        ``selectors`` are the policies of the sequences in ``batch.compactions``.
+        ``policies`` by request id are those of the batch's requests with a `Selection` as their budget.
         """
         self.cache.transfer(batch.transfers)
-        compact(self.cache, zip(batch.compactions, selectors, strict=True))
+        compact(self.cache, [(one, policies[one.sequence.request.request_id]) for one in batch.compactions])
         if not batch.items:
             return []
-        forward = ForwardBatch.build(batch.items, self.cache.block_size, self._device)
+        forward = ForwardBatch.build(batch.items, self.cache.block_size, self._device, policies)
         logits = self.model(forward, self.cache)
         if len(rows) > len(logits):  # a prompt forks: each continuation draws from the same logits
             repeats = torch.tensor([item.num_samples for item in batch.items if item.num_samples > 0])

@@ -11,19 +11,24 @@ S slots per cache block, M columns of the block tables, R rotated dimensions.
 import torch
 from torch import Tensor
 
+from kernels.counted import Counted
 from kernels.cpu import dense
 from kernels.cpu.dense import LinearWeight
 from kernels.cpu.library import load, native
 from kernels.cpu.native import DTYPES, NativeOps
+from kernels.pruning import Pruning
 from kernels.reference.attention_mass import attention_mass as reference_attention_mass
 from kernels.reference.kv_write import kv_write as reference_kv_write
 from kernels.reference.paged_attention import paged_attention as reference_paged_attention
+from kernels.reference.pruned_attention import pruned_attention as reference_pruned_attention
 from kernels.reference.rms_norm import rms_norm as reference_rms_norm
 from kernels.reference.rotary_embedding import rotary_embedding as reference_rotary_embedding
 from kernels.reference.silu_and_mul import silu_and_mul as reference_silu_and_mul
 from kernels.sinks import Sinks
 
 __all__ = [
+    "Counted",
+    "Pruning",
     "Sinks",
     "attention_mass",
     "kv_write",
@@ -31,6 +36,7 @@ __all__ = [
     "load",
     "pack_linear",
     "paged_attention",
+    "pruned_attention",
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
@@ -83,6 +89,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     sinks: Sinks | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of variable-length queries over the paged cache, in which this step's keys already lie.
 
@@ -91,15 +98,18 @@ def paged_attention(
     where each sequence's rows of q begin, and there may be none; seq_lens [B], its keys, this step's included. Query i
     of sequence b stands at position p = seq_lens[b] - (query_start[b+1] - query_start[b]) + i and sees key j if j ≤ p
     and, with a window, p - j < window. Query head h reads KV head h // (Hq / Hkv). `sinks` sets further windows,
-    sequence by sequence, and the first slots that are seen through them.
+    sequence by sequence, and the first slots that are seen through them. `hidden` int32 [B, Hkv] says how many first
+    slots nobody sees of a sequence at a KV head; query heads that see none at all get zeros.
 
     Returns contiguous [T, Hq, D] in q's dtype, accumulated in float32. Slots that no query of a sequence sees are not
     used, whatever they hold. Raises IndexError if a needed block does not exist.
     """
     if (ops := _native_for(q)) is not None:
-        return ops.paged_attention(q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks)
+        return ops.paged_attention(
+            q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks, hidden
+        )
     return reference_paged_attention(
-        q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks
+        q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks, hidden
     )
 
 
@@ -111,18 +121,41 @@ def attention_mass(
     seq_lens: Tensor,
     scale: float,
     mass: Tensor,
-    counted: Tensor,
+    counted: Counted,
+    hidden: Tensor | None = None,
 ) -> None:
     """Count the attention that each slot gets from this step's queries.
 
-    The queries, tables and lengths are those of `paged_attention`, whose probabilities these are, without windows.
-    mass float32 [blocks, Hkv, S] is paged like the keys. `counted` uint8 [B]: with 1, KV head h's entries grow by the
-    sum over the step's queries and the query heads that read h, those of slots that the step wrote from 0 on; with 2
-    they become the sum over the last query alone; with 0 a sequence's entries are not touched.
+    The queries, tables, lengths and hidden slots are those of `paged_attention`, whose probabilities these are, without
+    windows. mass float32 [blocks, Hkv, S] is paged like the keys: KV head h's entries grow by the sum over the queries
+    that count and over the query heads that read h, on top of what is kept; see `Counted`.
     """
     if (ops := _native_for(q)) is not None:
-        return ops.attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted)
-    return reference_attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted)
+        return ops.attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted, hidden)
+    return reference_attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted, hidden)
+
+
+def pruned_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_len: int,
+    scale: float,
+    hidden: Tensor | None,
+    pruning: Pruning,
+    first_output: int,
+) -> Tensor:
+    """One sequence's `paged_attention` with SpAtten's pruning; the same without, but for rounding, if there is none.
+
+    q [T, Hq, D] are its queries of this step, block_table [M] int32, seq_len its keys; hidden int32 [Hkv]. Rows of q
+    from ``first_output`` on begin with the high bits of queries and keys, if `pruning` says so; of every row the given
+    share of values is left out. Returns contiguous [T, Hq, D] in q's dtype. The torch reference on every device: it
+    computes what SpAtten's hardware would, but takes no less time than attention without pruning.
+    """
+    return reference_pruned_attention(
+        q, key_cache, value_cache, block_table, seq_len, scale, hidden, pruning, first_output
+    )
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

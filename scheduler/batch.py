@@ -62,6 +62,8 @@ class Compaction(NamedTuple):
     target: array[int]
     """Blocks of its own, of which some may be the source's."""
     num_kept: int
+    num_dropped: int
+    """By how much a slot behind the first ``num_kept`` was less than its token's position; these too, if it is 0."""
 
 
 class ScheduledBatch(NamedTuple):

@@ -7,7 +7,7 @@ position; behind a gap of ``num_dropped`` tokens it is that many less.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +49,12 @@ class Window:
         return first, max(seen - first - num_dropped // block_size, 0)
 
 
-Counted = Literal["none", "all", "last"]
-"""Which queries' attention a policy wants to know of each slot: of none, of all since, or of the last one."""
+UNLIMITED: Final = 2**31 - 1
+"""More tokens than any sequence has."""
+
+Counted = Literal["none", "all", "last"] | int
+"""Which queries' attention a policy wants to know of each slot: of none, of all since, of the last one; or, a number,
+of that many at the prompt's end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +66,14 @@ class Selection:
     """
 
     slots: int
-    slack: int = 1
-    """1 is eviction at every step."""
-    prompt_slack: int = 1
-    """The same within the prompt, whose tokens come many at a time."""
+    slack: int | None = 1
+    """1 is eviction at every step; None: at the prompt's end, and never again."""
+    prompt_slack: int | None = 1
+    """The same within the prompt, whose tokens come many at a time; None: not before the prompt's end."""
     counted: Counted = "none"
 
     def __post_init__(self) -> None:
-        if self.slots < 1 or self.slack < 1 or self.prompt_slack < 1:
+        if self.slots < 1 or 0 in (self.slack, self.prompt_slack) or min(self.slack or 1, self.prompt_slack or 1) < 1:
             raise ValueError("a selection has at least 1 slot, and at least 1 token of slack")
 
     @property
@@ -79,24 +83,37 @@ class Selection:
         """
         return self.counted != "none"
 
+    def counts(self, prompt_left: int) -> bool:
+        """Whether the next tokens' queries may count, of which ``prompt_left`` are the prompt's."""
+        return self.counted in ("all", "last") or (self.counted != "none" and prompt_left > 0)
+
     @property
     def num_exact(self) -> int:
         """Tokens from the beginning on that see all before them, and whose KV others may share."""
-        return 0 if self.keeps_mass else self.slots + min(self.slack, self.prompt_slack)
+        return 0 if self.keeps_mass else self.slots + min(self.slack or 0, self.prompt_slack or 0)
 
     def max_blocks(self, step_tokens: int, block_size: int) -> int:
         """Blocks that it takes at most, between one selection and the next."""
+        if self.slack is None or self.prompt_slack is None:
+            return UNLIMITED
         return -(-(self.slots + max(self.slack, self.prompt_slack)) // block_size)
 
-    def is_due(self, num_slots: int, *, in_prompt: bool) -> bool:
-        """Whether the policy has to select before the next token."""
-        return num_slots >= self.slots + (self.prompt_slack if in_prompt else self.slack)
+    def is_due(self, num_slots: int, prompt_left: int) -> bool:
+        """Whether the policy has to select before the next token; see `Sequence.prompt_left`."""
+        if prompt_left == 0 and self.slack is None:
+            return num_slots > self.slots
+        slack = self.prompt_slack if prompt_left > 0 else self.slack
+        return slack is not None and num_slots >= self.slots + slack
 
-    def room(self, num_slots: int, *, in_prompt: bool) -> int:
-        """How many tokens may be computed until it has to."""
-        if self.is_due(num_slots, in_prompt=in_prompt):
+    def room(self, num_slots: int, prompt_left: int) -> int:
+        """How many tokens may be computed until it has to; the prompt's end is a stop before that."""
+        slack = self.prompt_slack if prompt_left > 0 else self.slack
+        left = prompt_left if prompt_left > 0 else UNLIMITED
+        if slack is None:
+            return left
+        if self.is_due(num_slots, prompt_left):
             num_slots = self.slots
-        return self.slots + (self.prompt_slack if in_prompt else self.slack) - num_slots
+        return min(self.slots + slack - num_slots, left)
 
 
 KVBudget = Window | Selection

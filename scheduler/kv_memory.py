@@ -148,7 +148,7 @@ class KVMemory:
     def _compact(self, sequence: Sequence, num_kept: int, num_tokens: int) -> None:
         """Have ``num_kept`` slots selected into blocks of its own, with room for ``num_tokens`` more behind them."""
         source, num_slots = sequence.block_table, sequence.num_slots
-        end = num_kept + num_tokens
+        end, num_dropped = num_kept + num_tokens, sequence.num_dropped
         replaced = self._keep_published(sequence, end, self._to_replace(sequence, end))
         fresh = dict(zip(replaced, self._allocate(len(replaced)), strict=True))
         blocks = [fresh.get(i, source[i] if i < len(source) else -1) for i in range(self._num_blocks(end))]
@@ -158,7 +158,7 @@ class KVMemory:
         self._evicted.append((sequence, num_slots - num_kept))
         target = sequence.block_table[: self._num_blocks(num_kept)]
         self._compactions.append(
-            Compaction(sequence, source[: self._num_blocks(num_slots)], num_slots, target, num_kept)
+            Compaction(sequence, source[: self._num_blocks(num_slots)], num_slots, target, num_kept, num_dropped)
         )
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -247,10 +247,10 @@ class KVMemory:
     def _writes_shared(self, sequence: Sequence, slot: int) -> Seq[int]:
         """The entries of the table that its next token, which goes to ``slot``, writes to and others hold too.
 
-        That is the block which the token goes to, if it is there already; of a sequence that counts attention, any.
+        That is the block which the token goes to, if it is there already; while a sequence counts attention, any.
         """
         table, budget, ref_count = sequence.block_table, sequence.request.kv_budget, self.device.ref_count
-        if budget is not None and isinstance(budget, Selection) and budget.keeps_mass:
+        if budget is not None and isinstance(budget, Selection) and budget.counts(sequence.prompt_left):
             return [index for index, block in enumerate(table) if ref_count(block) > 1]
         index = slot // self.block_size
         return (index,) if index < len(table) and ref_count(table[index]) > 1 else ()
@@ -335,6 +335,6 @@ class KVMemory:
 def _due(sequence: Sequence) -> Selection | None:
     """Its budget, if that is a selection which its policy has to make before the next token."""
     budget = sequence.request.kv_budget
-    if isinstance(budget, Selection) and budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt):
+    if isinstance(budget, Selection) and budget.is_due(sequence.num_slots, sequence.prompt_left):
         return budget
     return None

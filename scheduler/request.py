@@ -165,9 +165,9 @@ class Sequence:
         return self.num_computed_tokens - self.num_dropped
 
     @property
-    def in_prompt(self) -> bool:
-        """Whether its next token to compute is one of the prompt's."""
-        return self.num_computed_tokens < self.request.num_prompt_tokens
+    def prompt_left(self) -> int:
+        """Tokens of the prompt that are still to be computed; 0 just at its end, negative behind."""
+        return self.request.num_prompt_tokens - self.num_computed_tokens
 
     @property
     def max_step(self) -> int:
@@ -175,9 +175,7 @@ class Sequence:
         budget = self.request.kv_budget
         if not isinstance(budget, Selection):
             return len(self.tokens)
-        room = budget.room(self.num_slots, in_prompt=self.in_prompt)
-        left = self.request.num_prompt_tokens - self.num_computed_tokens
-        return min(room, left) if left > 0 else room
+        return budget.room(self.num_slots, self.prompt_left)
 
     @property
     def num_uncomputed_tokens(self) -> int:

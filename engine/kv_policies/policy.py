@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
+from kernels.pruning import Pruning
 from scheduler.kv_budget import KVBudget
 
 if TYPE_CHECKING:  # policies are settings too, and a command's help needs no torch
@@ -21,15 +22,22 @@ class KVPolicy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """One layer's part of what a sequence holds, oldest first: L slots, the newest token's the last."""
+    """What a sequence holds in each of L layers, oldest first: n slots, the newest token's the last."""
 
     keys: "Tensor"
-    """[Hkv, L, D], rotated."""
+    """[L, Hkv, n, D], rotated."""
     values: "Tensor"
-    """[Hkv, L, D]."""
+    """[L, Hkv, n, D]."""
     mass: "Tensor"
-    """[Hkv, L] float32: the attention that each slot got from the queries that the budget counts, summed over them and
-    over the query heads of its group; meaningless if it counts none."""
+    """[L, Hkv, n] float32: the attention that each slot got from the queries that the budget counts, summed over them
+    and over the query heads of its group; meaningless if it counts none."""
+    positions: "Tensor"
+    """[L, Hkv, n] int32: the tokens'; −1 for a slot that holds none, since its head kept fewer than others."""
+    output: "Tensor"
+    """[L, Hkv] float32: the sum of the absolute values of what each head's attention gave for all tokens so far;
+    known to a `Pruner` only."""
+    off: "Tensor"
+    """[L, Hkv] bool: the heads that were turned off before."""
 
 
 @runtime_checkable
@@ -37,4 +45,18 @@ class Selector(KVPolicy, Protocol):
     """A policy whose budget is a `Selection`: which tokens stay is what it scores highest."""
 
     def score(self, slots: Slots) -> "Tensor":
-        """[Hkv, L]: the slots of the highest scores stay, for each KV head its own."""
+        """[L, Hkv, n]: the slots of the highest scores stay, for each layer and KV head its own.
+
+        A slot of score −inf goes even if there is room for it: so layers and heads may keep fewer slots than others.
+        """
+
+
+@runtime_checkable
+class Pruner(Selector, Protocol):
+    """A selector that prunes within attention too."""
+
+    def heads_off(self, slots: Slots) -> "Tensor":
+        """[L, Hkv] bool: which KV heads are turned off, those in ``slots.off`` among them; told at each selection."""
+
+    def pruning(self) -> Pruning:
+        """What is left out of each query's attention."""

@@ -7,8 +7,8 @@ if TYPE_CHECKING:
 
 
 def protect_recent(scores: "Tensor", recent: int) -> "Tensor":
-    """``scores`` [Hkv, L], with those of the last ``recent`` slots above all others."""
+    """``scores`` [L, Hkv, n], with those of the last ``recent`` slots above all others."""
     if recent:
         scores = scores.clone()
-        scores[:, -recent:] = float("inf")
+        scores[..., -recent:] = float("inf")
     return scores

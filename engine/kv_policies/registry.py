@@ -9,11 +9,16 @@ from engine.kv_policies.full import Full
 from engine.kv_policies.h2o import H2O
 from engine.kv_policies.knorm import KNorm
 from engine.kv_policies.policy import KVPolicy
+from engine.kv_policies.pyramid import Pyramid
+from engine.kv_policies.snapkv import SnapKV
+from engine.kv_policies.spatten import SpAtten
 from engine.kv_policies.streaming import Streaming
 from engine.kv_policies.tova import TOVA
 from engine.kv_policies.window import SlidingWindow
 
-POLICIES: Final[Mapping[str, type[Any]]] = {cls.name: cls for cls in (Full, SlidingWindow, Streaming, H2O, TOVA, KNorm)}
+POLICIES: Final[Mapping[str, type[Any]]] = {
+    cls.name: cls for cls in (Full, SlidingWindow, Streaming, H2O, SpAtten, SnapKV, Pyramid, TOVA, KNorm)
+}
 
 
 def make_policy(given: object) -> KVPolicy:
@@ -54,8 +59,8 @@ def _check_type(name: str, value: object, expected: object) -> None:
     if expected is int:
         if type(value) is not int or not 0 <= value <= _LARGEST:
             raise ValueError(f"{name} must be a whole number from 0 to {_LARGEST}, not {value!r:.64}")
-    elif type(value) not in (int, float):
-        raise ValueError(f"{name} must be a number, not {value!r:.64}")
+    elif type(value) not in (int, float) or not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number of a sane size, not {value!r:.64}")
 
 
 def policy_setting(value: object) -> KVPolicy:

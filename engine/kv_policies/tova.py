@@ -30,4 +30,4 @@ class TOVA:
 
     def score(self, slots: Slots) -> "Tensor":
         """The attention of all heads together."""
-        return protect_recent(slots.mass.sum(dim=0, keepdim=True).expand_as(slots.mass), 1)
+        return protect_recent(slots.mass.sum(dim=1, keepdim=True).expand_as(slots.mass), 1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KVCache, LayerCache
 from engine.layers.linear import Linear
+from engine.layers.pruned_attention import prune
 from engine.layers.rope import RotaryEmbedding
 from engine.models.config import ModelConfig
 from kernels import ops
@@ -42,8 +43,13 @@ class Attention:
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
 
-    def __call__(self, x: Tensor, rotations: "Rotations", batch: ForwardBatch, cache: LayerCache) -> Tensor:
-        """x [T, hidden] → [T, hidden]; writes the step's keys and values into ``cache``."""
+    def __call__(
+        self, x: Tensor, rotations: "Rotations", batch: ForwardBatch, cache: LayerCache, hidden: Tensor | None
+    ) -> Tensor:
+        """x [T, hidden] → [T, hidden]; writes the step's keys and values into ``cache``.
+
+        ``hidden`` [B, Hkv] int32: how many first slots each KV head does not see.
+        """
         qkv = self.qkv(x).view(len(x), -1, self.head_dim)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.query_norm is not None and self.key_norm is not None:
@@ -65,6 +71,7 @@ class Attention:
             self.head_dim**-0.5,
             self.window,
             None if batch.limits is None else ops.Sinks(batch.limits.windows, batch.limits.sinks, sink_query),
+            hidden,
         )
         if batch.counted is not None:
             ops.attention_mass(
@@ -76,7 +83,10 @@ class Attention:
                 self.head_dim**-0.5,
                 cache.mass,
                 batch.counted,
+                hidden,
             )
+        if batch.pruned:
+            prune(attended, query, batch, cache, self.head_dim**-0.5, hidden)
         return self.output(attended.view(len(x), -1))
 
 
@@ -118,12 +128,13 @@ class Decoder:
         """Compute the step's tokens; returns the logits [R, vocab] of ``batch.logits_rows`` in the model's dtype."""
         eps = self.config.norm_eps
         rotations = Rotations.of(batch, self.rotary)
+        hidden = cache.hidden_slots(batch.block_tables, batch.selected)
         residual = torch.nn.functional.embedding(batch.tokens, self.embedding)
         x = ops.rms_norm(residual, self.blocks[0].input_norm, eps)
         for index, (block, layer_cache) in enumerate(zip(self.blocks, cache.layers, strict=True)):
             if index > 0:
                 x = ops.rms_norm(x, block.input_norm, eps, residual)
-            attended = block.attention(x, rotations, batch, layer_cache)
+            attended = block.attention(x, rotations, batch, layer_cache, None if hidden is None else hidden[index])
             if block is self.blocks[-1]:  # nothing reads the other rows any more
                 attended, residual = batch.sampled(attended), batch.sampled(residual)
             x = block.mlp(ops.rms_norm(attended, block.post_norm, eps, residual))

@@ -182,7 +182,8 @@ class Attention {
     }
 
     void finish(int64_t row) {
-        const float factor = 1.0f / sum_of(load(&scratch_.totals[row * kLanes]));
+        const float total = sum_of(load(&scratch_.totals[row * kLanes]));
+        const float factor = total > 0 ? 1.0f / total : 0.0f;  // 0: nothing is seen
         const float* sums = scratch_.sums.data() + row * padded_;
         T* out = call_.out + (token_of(row) * call_.q_heads + head_of(row)) * call_.dims;
         for_each_vector(call_.dims, [&](int64_t d, int count) { store(out + d, load(sums + d) * factor, count); });
@@ -221,7 +222,7 @@ void merge_row(const Call<T>& call, const Merge& merge, int64_t row) {
     for_each_vector(call.dims, [&](int64_t d, int lanes) {
         Floats sum{};
         for (int64_t i = 0; i < merge.count; ++i) sum += weights[i] * load(part(i) + d);
-        store(out + d, sum / total, lanes);
+        store(out + d, sum * (total > 0 ? 1.0f / total : 0.0f), lanes);
     });
 }
 

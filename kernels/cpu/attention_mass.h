@@ -18,14 +18,17 @@ struct MassCall {
     int64_t table_stride;
     const int32_t *query_start, *seq_lens;
     float* mass;  // [blocks, kv_heads, block_size]
-    const uint8_t* counted;  // of each sequence: 0 nothing, 1 all queries, 2 the last one
+    const int32_t* counted_from;  // of each sequence, the row of q from which on queries count,
+    const int32_t* kept;          // and how many first slots keep what they have; negative: it counts nothing
     int64_t sequences, q_heads, kv_heads, dims, block_size, num_blocks, table_blocks;
     double scale;
+    const int32_t* hidden;
 
     Call<T> attention() const {
         return {q,       q_token_stride, q_head_stride, key_cache, key_cache,  block_tables, table_stride, query_start,
                 seq_lens, nullptr,       sequences,     q_heads,   kv_heads,   dims,         block_size,   num_blocks,
-                table_blocks, scale,     0,             nullptr,   nullptr,    nullptr,      0,            0};
+                table_blocks, scale,     0,             nullptr,   nullptr,    nullptr,      0,            0,
+                hidden};
     }
 };
 
@@ -37,15 +40,13 @@ class Mass {
   public:
     Mass(const MassCall<T>& call, int64_t sequence, int64_t head)
         : call_(call), attention_(call.attention()), sequence_(sequence), head_(head), padded_(attention_.padded_dims()),
-          length_(call.seq_lens[sequence]), stride_(round_up(length_, kKeys)), zeros_(padded_),
+          length_(call.seq_lens[sequence]), hidden_(std::min(attention_.num_hidden(sequence, head), length_)), stride_(round_up(length_, kKeys)), zeros_(padded_),
           keys_(kKeys * padded_), sums_(stride_) {}
 
     // False if the block table names a block that does not exist.
     bool run() {
-        const bool last_only = call_.counted[sequence_] == 2;
-        const int64_t end = call_.query_start[sequence_ + 1];
-        const int64_t begin = last_only ? end - 1 : call_.query_start[sequence_];
-        const int64_t kept = last_only ? 0 : length_ - (end - begin);  // slots whose mass so far counts
+        const int64_t begin = call_.counted_from[sequence_], end = call_.query_start[sequence_ + 1];
+        const int64_t kept = call_.kept[sequence_];
         const int64_t step = std::max<int64_t>(1, kTileRows / attention_.group());
         for (int64_t first = begin; first < end; first += step)
             if (!add_tile({sequence_, head_, first, std::min(first + step, end), 0, 0, 0})) return false;
@@ -69,7 +70,7 @@ class Mass {
                            call_.q + (tile.first + row / group) * call_.q_token_stride +
                                (head_ * group + row % group) * call_.q_head_stride,
                            call_.dims, padded_);
-        for (int64_t begin = 0; begin < tile.key_end; begin += kKeys)
+        for (int64_t begin = hidden_ / kKeys * kKeys; begin < tile.key_end; begin += kKeys)
             if (!score_keys(item, begin, rows)) return false;
         for (int64_t row = 0; row < rows; ++row)
             add_row(scores_.data() + row * stride_, attention_.position(sequence_, tile.first + row / group) + 1);
@@ -90,21 +91,22 @@ class Mass {
         return true;
     }
 
-    // Adds a row's probabilities, of its first `visible` scores.
+    // Adds a row's probabilities, of those of its first `visible` scores that are not hidden.
     void add_row(float* scores, int64_t visible) {
         const float scale = static_cast<float>(call_.scale) * kLog2E;
         float maximum = kNothing, total = 0;
-        for (int64_t j = 0; j < visible; ++j) maximum = std::max(maximum, scores[j]);
-        for_each_vector(visible, [&](int64_t j, int count) {
-            store(scores + j, exp2((load(scores + j, count) - maximum) * scale), count);
+        for (int64_t j = hidden_; j < visible; ++j) maximum = std::max(maximum, scores[j]);
+        for_each_vector(visible - hidden_, [&](int64_t j, int count) {
+            float* at = scores + hidden_ + j;
+            store(at, exp2((load(at, count) - maximum) * scale), count);
         });
-        for (int64_t j = 0; j < visible; ++j) total += scores[j];
-        for (int64_t j = 0; j < visible; ++j) sums_[j] += scores[j] / total;
+        for (int64_t j = hidden_; j < visible; ++j) total += scores[j];
+        for (int64_t j = hidden_; j < visible; ++j) sums_[j] += scores[j] / total;
     }
 
     const MassCall<T>& call_;
     const Call<T> attention_;
-    const int64_t sequence_, head_, padded_, length_, stride_;
+    const int64_t sequence_, head_, padded_, length_, hidden_, stride_;
     std::vector<T> zeros_;
     std::vector<typename Math::Factor> queries_, keys_;
     std::vector<float> scores_, sums_;
@@ -117,7 +119,7 @@ bool attention_mass(const MassCall<typename Math::Stored>& call) {
 #pragma omp parallel for schedule(dynamic, 1) reduction(&& : sound)
     for (int64_t i = 0; i < call.sequences * call.kv_heads; ++i) {
         const int64_t sequence = i / call.kv_heads;
-        if (call.counted[sequence] && call.query_start[sequence + 1] > call.query_start[sequence])
+        if (call.kept[sequence] >= 0 && call.query_start[sequence + 1] > call.query_start[sequence])
             sound = Mass<Math>(call, sequence, i % call.kv_heads).run() && sound;
     }
     return sound;

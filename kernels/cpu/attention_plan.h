@@ -53,6 +53,7 @@ struct Call {
     const int32_t *windows, *sinks;  // of each sequence, or null
     const T* sink_q;
     int64_t sink_q_token_stride, sink_q_head_stride;
+    const int32_t* hidden;  // [sequences, kv_heads] first slots that nobody sees, or null
 
     int64_t group() const { return q_heads / kv_heads; }
     int64_t padded_dims() const { return round_up(dims, kGranule); }
@@ -69,6 +70,7 @@ struct Call {
         if (windows && windows[sequence] > 0) seen = std::min<int64_t>(seen, windows[sequence]);
         return seen <= position ? position - seen + 1 : 0;
     }
+    int64_t num_hidden(int64_t sequence, int64_t head) const { return hidden ? hidden[sequence * kv_heads + head] : 0; }
 };
 
 // All tiles of a call, the longest first so that no thread is left with a long one at the end.
@@ -83,9 +85,10 @@ std::vector<QueryTile> make_tiles(const Call<T>& call) {
             const int64_t key_end = call.position(s, last);
             const int64_t sinks = call.sinks ? std::clamp<int64_t>(call.sinks[s], 0, key_end) : 0;
             const int64_t visible = call.first_visible(s, call.position(s, first));
-            const int64_t key_begin = std::clamp(visible, sinks, key_end);
-            for (int64_t head = 0; head < call.kv_heads; ++head)
+            for (int64_t head = 0; head < call.kv_heads; ++head) {
+                const int64_t key_begin = std::clamp(std::max(visible, call.num_hidden(s, head)), sinks, key_end);
                 tiles.push_back({s, head, first, last, sinks, key_begin, key_end});
+            }
         }
     }
     std::stable_sort(tiles.begin(), tiles.end(), [](const QueryTile& a, const QueryTile& b) { return a.keys() > b.keys(); });
@@ -131,6 +134,7 @@ struct Plan {
             if (tile.sinks) add(0, tile.sinks, true);
             for (int64_t begin = tile.key_begin; begin < tile.key_end; begin += std::min(share, tile.key_end - begin))
                 add(begin, std::min(share, tile.key_end - begin) + begin, false);
+            if (count == 0) items.push_back({&tile, tile.key_end, tile.key_end, nullptr, false});  // leaves zeros
         }
     }
 

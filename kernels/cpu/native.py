@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kernels.counted import Counted
 from kernels.sinks import Sinks
 
 DTYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -22,8 +23,8 @@ DTYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _RMS_NORM: Final = struct.Struct("3q 3q 2q 3q d")
 _ROTARY_EMBEDDING: Final = struct.Struct("4q 4q 2q 2q 2q")
 _KV_WRITE: Final = struct.Struct("3q 3q 2q q 5q")
-_PAGED_ATTENTION: Final = struct.Struct("3q 2q 2q 2q q 7q d q 5q")
-_ATTENTION_MASS: Final = struct.Struct("3q q 2q 2q 2q 7q d")
+_PAGED_ATTENTION: Final = struct.Struct("3q 2q 2q 2q q 7q d q 5q q")
+_ATTENTION_MASS: Final = struct.Struct("3q q 2q 2q 3q 7q d q")
 _SILU_AND_MUL: Final = struct.Struct("2q q 2q")
 _LINEAR: Final = struct.Struct("2q 3q 3q")
 _PACK_LINEAR: Final = struct.Struct("2q 2q")
@@ -135,6 +136,7 @@ class NativeOps:
         scale: float,
         window: int | None,
         sinks: Sinks | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         _, q_heads, dims = shape = q.shape
         blocks, kv_heads, block_size, cache_dims = key_cache.shape
@@ -163,6 +165,7 @@ class NativeOps:
                 block_tables.data_ptr(), table_stride, query_start.data_ptr(), seq_lens.data_ptr(), out.data_ptr(),
                 sequences, q_heads, kv_heads, dims, block_size, blocks, table_blocks, scale, window or 0,
                 *(_NO_SINKS if sinks is None else _sinks(sinks, q, sequences)),
+                0 if hidden is None else _per_head(hidden, sequences, kv_heads),
             )
         )  # fmt: skip
         if not sound:
@@ -180,32 +183,36 @@ class NativeOps:
         seq_lens: Tensor,
         scale: float,
         mass: Tensor,
-        counted: Tensor,
+        counted: Counted,
+        hidden: Tensor | None = None,
     ) -> None:
         _, q_heads, dims = q.shape
         blocks, kv_heads, block_size, cache_dims = key_cache.shape
         sequences, table_blocks = block_tables.shape
         q_token, q_head, q_step = q.stride()
         table_stride, table_step = block_tables.stride()
-        if not (q_step == table_step == 1 and _are_contiguous(key_cache, mass, counted)):
+        if not (q_step == table_step == 1 and _are_contiguous(key_cache, mass, *counted)):
             raise ValueError("attention_mass: cache, mass and counts must be contiguous, q have unit stride in D")
-        if not (q.dtype is key_cache.dtype and mass.dtype is torch.float32 and counted.dtype is torch.uint8):
-            raise ValueError("attention_mass: q and the cache must share a dtype, mass be float32, counted uint8")
-        if not (block_tables.dtype is query_start.dtype is seq_lens.dtype is torch.int32):
-            raise ValueError("attention_mass: block_tables, query_start and seq_lens must be int32")
+        if not (q.dtype is key_cache.dtype and mass.dtype is torch.float32):
+            raise ValueError("attention_mass: q and the cache must share a dtype, mass be float32")
+        if not all(x.dtype is torch.int32 for x in (block_tables, query_start, seq_lens, *counted)):
+            raise ValueError("attention_mass: block_tables, query_start, seq_lens and counts must be int32")
         if not (
             dims == cache_dims and q_heads % kv_heads == 0 and mass.shape == key_cache.shape[:3]
-            and query_start.shape[0] == sequences + 1 and seq_lens.shape == counted.shape == (sequences,)
+            and query_start.shape[0] == sequences + 1
+            and all(x.shape == (sequences,) for x in (seq_lens, *counted))
         ):  # fmt: skip
             raise ValueError(
                 f"attention_mass: shapes {q.shape}, {key_cache.shape}, {block_tables.shape}, {query_start.shape}, "
-                f"{seq_lens.shape}, {mass.shape}, {counted.shape} do not fit"
+                f"{seq_lens.shape}, {mass.shape}, {counted.first.shape} do not fit"
             )
         sound = self._attention_mass[q.dtype](
             _ATTENTION_MASS.pack(
                 q.data_ptr(), q_token, q_head, key_cache.data_ptr(), block_tables.data_ptr(), table_stride,
-                query_start.data_ptr(), seq_lens.data_ptr(), mass.data_ptr(), counted.data_ptr(),
+                query_start.data_ptr(), seq_lens.data_ptr(), mass.data_ptr(),
+                counted.first.data_ptr(), counted.kept.data_ptr(),
                 sequences, q_heads, kv_heads, dims, block_size, blocks, table_blocks, scale,
+                0 if hidden is None else _per_head(hidden, sequences, kv_heads),
             )
         )  # fmt: skip
         if not sound:
@@ -270,6 +277,13 @@ def _sinks(sinks: Sinks, q: Tensor, sequences: int) -> tuple[int, int, int, int,
     if sinks.q.shape != q.shape or sinks.q.dtype is not q.dtype or step != 1:
         raise ValueError(f"paged_attention: the sinks' q {_describe(sinks.q)} does not fit q {_describe(q)}")
     return sinks.windows.data_ptr(), sinks.counts.data_ptr(), sinks.q.data_ptr(), token, head
+
+
+def _per_head(hidden: Tensor, sequences: int, kv_heads: int) -> int:
+    """Pointer to a number for each sequence and KV head."""
+    if hidden.dtype is not torch.int32 or hidden.shape != (sequences, kv_heads) or not hidden.is_contiguous():
+        raise ValueError(f"attention: hidden slots {_describe(hidden)} do not fit {sequences} x {kv_heads}")
+    return hidden.data_ptr()
 
 
 def _are_contiguous(*tensors: Tensor) -> bool:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.reference.paged_attention import QUERIES_AT_ONCE, gather, score
+from kernels.counted import Counted
+from kernels.reference.paged_attention import QUERIES_AT_ONCE, gather, probabilities, score
 
 
 def attention_mass(
@@ -14,24 +15,27 @@ def attention_mass(
     seq_lens: Tensor,
     scale: float,
     mass: Tensor,
-    counted: Tensor,
+    counted: Counted,
+    hidden: Tensor | None = None,
 ) -> None:
     """Sum up the probabilities of the queries that count; see `kernels.ops.attention_mass`."""
     block_size = key_cache.shape[2]
     starts, lengths = query_start.tolist(), seq_lens.tolist()
-    for b in counted.nonzero().flatten().tolist():
+    counted_from = counted.first.tolist()
+    for b, kept in enumerate(counted.kept.tolist()):
+        if kept < 0 or starts[b] == starts[b + 1]:
+            continue
         slots = torch.arange(lengths[b], device=q.device)
         blocks, offsets = block_tables[b, slots // block_size].long(), slots % block_size
         keys = gather(key_cache, block_tables[b], slots)
-        queries, last_only = starts[b + 1] - starts[b], counted[b] == 2
-        if not queries:
-            continue
         sums = mass[blocks, :, offsets]
-        sums[0 if last_only else lengths[b] - queries :] = 0
-        for first in range(queries - 1 if last_only else 0, queries, QUERIES_AT_ONCE):
-            last = min(first + QUERIES_AT_ONCE, queries)
-            positions = lengths[b] - queries + torch.arange(first, last, device=q.device)
-            scores = score(q[starts[b] + first : starts[b] + last], keys, scale)
-            scores = scores.masked_fill_(slots > positions[:, None], float("-inf"))
-            sums += scores.softmax(dim=-1).sum((1, 2)).T
+        sums[kept:] = 0
+        for first in range(counted_from[b], starts[b + 1], QUERIES_AT_ONCE):
+            last = min(first + QUERIES_AT_ONCE, starts[b + 1])
+            positions = lengths[b] - starts[b + 1] + torch.arange(first, last, device=q.device)
+            unseen = slots > positions[:, None]
+            if hidden is not None:
+                unseen = unseen | (slots < hidden[b, :, None, None, None])
+            scores = score(q[first:last], keys, scale).masked_fill(unseen, float("-inf"))
+            sums += probabilities(scores).sum((1, 2)).T
         mass[blocks, :, offsets] = sums

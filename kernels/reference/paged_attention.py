@@ -19,6 +19,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     sinks: Sinks | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Attend each query to its own sequence's past, in float32; see `kernels.ops.paged_attention`."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -35,14 +36,18 @@ def paged_attention(
                 slots = torch.cat([torch.arange(min(num_sinks, begin), device=q.device), slots])
             keys = gather(key_cache, block_tables[b], slots)
             values = gather(value_cache, block_tables[b], slots)
+            if hidden is not None:
+                values = values.masked_fill((slots[:, None] < hidden[b]).unsqueeze(-1), 0.0)
             scores = score(q[first:last], keys, scale)
             if sinks is not None and num_sinks:
                 at_sinks = score(sinks.q[first:last], keys, scale)
                 scores = torch.where(slots < num_sinks, at_sinks, scores)
             distance = positions[:, None] - slots[None, :]
-            hidden = (distance < 0) | ((distance >= seen) & (slots >= num_sinks))
-            scores = scores.masked_fill_(hidden, float("-inf"))
-            out[first:last] = torch.einsum("hgql,lhd->qhgd", scores.softmax(dim=-1), values).flatten(1, 2)
+            unseen = (distance < 0) | ((distance >= seen) & (slots >= num_sinks))
+            if hidden is not None:
+                unseen = unseen | (slots < hidden[b, :, None, None, None])
+            weights = probabilities(scores.masked_fill(unseen, float("-inf")))
+            out[first:last] = torch.einsum("hgql,lhd->qhgd", weights, values).flatten(1, 2)
     return out
 
 
@@ -50,6 +55,11 @@ def score(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Each query of q [Q, Hq, D] times each key of its head in keys [L, Hkv, D], float32: [Hkv, Hq/Hkv, Q, L]."""
     grouped = q.to(torch.float32).unflatten(1, (keys.shape[1], q.shape[1] // keys.shape[1]))
     return torch.einsum("qhgd,lhd->hgql", grouped, keys) * scale
+
+
+def probabilities(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension; zeros where every score is −inf."""
+    return scores.softmax(dim=-1).nan_to_num(nan=0.0) if scores.isneginf().all(-1).any() else scores.softmax(dim=-1)
 
 
 def _limits(window: int | None, sinks: Sinks | None, b: int, length: int) -> tuple[int, int]:

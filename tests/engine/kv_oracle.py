@@ -41,9 +41,21 @@ class Oracle:
     """and after it did, for each head;"""
     together: Callable[[list[Kept], int], list[Kept]] | None = None
     """or, instead, for all heads of a layer at once."""
+    in_all_layers: Callable[["Oracle"], None] | None = None
+    """Applied when a token has been computed in all layers: may change ``kept`` and ``off``."""
+    probabilities: Callable[[Tensor, Tensor, int], Tensor] = lambda query, keys, position: (
+        query @ keys.T * query.shape[-1] ** -0.5
+    ).softmax(-1)
+    """Of rotated queries [G, D] of a position over rotated keys [n, D]."""
+    weights: Callable[[Tensor], Tensor] = lambda probabilities: probabilities
+    """What values are multiplied with."""
     in_cache_positions: bool = False
     """Whether keys and queries are rotated by their places in the cache (StreamingLLM) or by their true positions."""
     kept: list[list[Kept]] = field(default_factory=list)
+    off: set[tuple[int, int]] = field(default_factory=set)
+    """Layers and heads that give nothing any more."""
+    given: dict[tuple[int, int], float] = field(default_factory=dict)
+    """The sum of |output| of a layer's head so far."""
     position: int = 0
 
     def __post_init__(self) -> None:
@@ -64,14 +76,17 @@ class Oracle:
     def _step(self, token: int) -> Tensor:
         inner = self.model.model
         x = inner.embed_tokens.weight[token]
-        for layer, kept in zip(inner.layers, self.kept, strict=True):
-            x = x + self._attend(layer.self_attn, layer.input_layernorm(x), kept)
+        for index, layer in enumerate(inner.layers):
+            x = x + self._attend(layer.self_attn, layer.input_layernorm(x), index)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
+        if self.in_all_layers is not None:
+            self.in_all_layers(self)
         self.position += 1
         logits: Tensor = self.model.lm_head(inner.norm(x))
         return logits
 
-    def _attend(self, attention: Any, x: Tensor, kept: list[Kept]) -> Tensor:
+    def _attend(self, attention: Any, x: Tensor, layer: int) -> Tensor:
+        kept = self.kept[layer]
         dim, group = attention.head_dim, attention.num_key_value_groups
         queries = attention.q_proj(x).view(-1, group, dim)
         keys, values = attention.k_proj(x).view(-1, dim), attention.v_proj(x).view(-1, dim)
@@ -81,13 +96,18 @@ class Oracle:
             entries = self.before(entries, self.position)
             places = range(len(entries)) if self.in_cache_positions else [entry.position for entry in entries]
             rotated = self._rotate(torch.stack([entry.key for entry in entries]), torch.tensor(places))
-            scores = self._rotate(query, torch.tensor([places[-1]])) @ rotated.T * dim**-0.5
-            probabilities = scores.softmax(-1)
+            query = self._rotate(query, torch.tensor([places[-1]]))
+            exact = (query @ rotated.T * dim**-0.5).softmax(-1)
+            probabilities = self.weights(self.probabilities(query, rotated, self.position))
             outputs.append(probabilities @ torch.stack([entry.value for entry in entries]))
-            for entry, mass in zip(entries, probabilities.sum(0).tolist(), strict=True):
+            kept[head] = entries
+            if (layer, head) in self.off:
+                outputs[-1] = torch.zeros_like(outputs[-1])
+                continue
+            self.given[layer, head] = self.given.get((layer, head), 0.0) + float(outputs[-1].abs().sum())
+            for entry, mass in zip(entries, exact.sum(0).tolist(), strict=True):
                 entry.mass += mass
                 entry.latest = mass
-            kept[head] = entries
         for head, entries in enumerate(self.choose(kept, self.position)):
             kept[head] = entries
         out: Tensor = attention.o_proj(torch.stack(outputs).flatten())
@@ -140,6 +160,102 @@ def _select(
         return sorted(chosen, key=lambda one: one.position) + newer
 
     return evict
+
+
+def observed_at_the_end(
+    keep: Callable[[int], int], observed: int, pooled: int, num_prompt: int
+) -> Callable[[Oracle], None]:
+    """SnapKV, and PyramidKV, where ``keep`` depends on the layer: once, by the prompt's last queries, in float64."""
+
+    def select(oracle: Oracle) -> None:
+        for layer, heads in enumerate(oracle.kept):
+            for head, entries in enumerate(heads):
+                if oracle.position == num_prompt - observed - 1:
+                    for one in entries:
+                        one.mass = 0.0
+                if oracle.position == num_prompt - 1 and len(entries) > keep(0):
+                    older, newer = entries[:-observed], entries[-observed:]
+                    around = range(-(pooled // 2), pooled // 2 + 1)
+                    votes = [
+                        sum(older[i + j].mass for j in around if 0 <= i + j < len(older)) for i in range(len(older))
+                    ]
+                    best = sorted(range(len(older)), key=votes.__getitem__, reverse=True)[: keep(layer) - observed]
+                    oracle.kept[layer][head] = [older[i] for i in sorted(best)] + newer
+
+    return select
+
+
+@dataclass
+class Cascade:
+    """SpAtten's cascades: which tokens each layer keeps, and which heads are on."""
+
+    keep: Sequence[int]
+    heads: Sequence[int]
+    """How many, layer by layer."""
+    slacks: tuple[int, int]
+    """Within the prompt, after it."""
+    num_prompt: int
+    sinks: int
+    recent: int
+
+    def __call__(self, oracle: Oracle) -> None:
+        """Prune, if the first layer, in which all new tokens are, has too many."""
+        if len(oracle.kept[0][0]) < self.keep[0] + self.slacks[oracle.position + 1 >= self.num_prompt]:
+            return
+        importance: dict[int, float] = {}
+        still = set(range(oracle.position + 1))
+        head_importance = [0.0] * len(oracle.kept[0])
+        heads_on = set(range(len(head_importance)))
+        for layer, heads in enumerate(oracle.kept):
+            for entries in heads:
+                for one in entries:
+                    importance[one.position] = importance.get(one.position, 0.0) + one.mass
+            there = [one.position for one in heads[0] if one.position in still]
+            there.sort(key=lambda position: (self._protected(position, oracle.position), importance[position]))
+            still = set(there[-self.keep[layer] :])
+            oracle.kept[layer] = [[one for one in entries if one.position in still] for entries in heads]
+            for head in range(len(heads)):
+                head_importance[head] += oracle.given[layer, head]
+            heads_on -= {head for number, head in oracle.off if number == layer}
+            heads_on = set(sorted(heads_on, key=lambda head: -head_importance[head])[: self.heads[layer]])
+            oracle.off |= {(layer, head) for head in range(len(heads)) if head not in heads_on}
+
+    def _protected(self, position: int, newest: int) -> bool:
+        return position < self.sinks or position > newest - self.recent
+
+
+def in_two_steps(high_bits: int, low_bits: int, threshold: float, num_prompt: int) -> Callable[..., Tensor]:
+    """SpAtten's progressive quantization of an answer's queries and the keys that they meet."""
+
+    def coarse(x: Tensor, left_out: int) -> Tensor:
+        step = x.abs().amax(-1, keepdim=True) / (2 ** (high_bits + low_bits - 1) - 1)
+        codes = torch.round(x / step)
+        return step * (codes if left_out == 0 else torch.floor(codes / 2**left_out) * 2**left_out + 2**left_out / 2)
+
+    def probabilities(query: Tensor, keys: Tensor, position: int) -> Tensor:
+        if position < num_prompt:
+            return (query @ keys.T * query.shape[-1] ** -0.5).softmax(-1)
+        high, full = (
+            (coarse(query, left_out) @ coarse(keys, left_out).T * query.shape[-1] ** -0.5).softmax(-1)
+            for left_out in (low_bits, 0)
+        )
+        rows = [one if float(one.max()) >= threshold else other for one, other in zip(high, full, strict=True)]
+        return torch.stack(rows)
+
+    return probabilities
+
+
+def without_smallest(share: float) -> Callable[[Tensor], Tensor]:
+    """SpAtten's local value pruning: a row's smallest probabilities are 0."""
+
+    def weights(probabilities: Tensor) -> Tensor:
+        rows = []
+        for row in probabilities:
+            gone = sorted(range(len(row)), key=row.tolist().__getitem__)[: int(share * len(row))]
+            rows.append(row.index_fill(0, torch.tensor(gone, dtype=torch.long), 0.0))
+        return torch.stack(rows)
+
+    return weights
 
 
 def window(size: int, sinks: int = 0) -> Evict:

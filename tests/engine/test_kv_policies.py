@@ -17,15 +17,29 @@ from engine.kv_policies.full import Full
 from engine.kv_policies.h2o import H2O
 from engine.kv_policies.knorm import KNorm
 from engine.kv_policies.policy import KVPolicy
+from engine.kv_policies.pyramid import Pyramid
 from engine.kv_policies.registry import describe, make_policy, policy_setting
+from engine.kv_policies.snapkv import SnapKV
+from engine.kv_policies.spatten import SpAtten
 from engine.kv_policies.streaming import Streaming
 from engine.kv_policies.tova import TOVA
 from engine.kv_policies.window import SlidingWindow
 from engine.launch import LoadedModel, assemble, load_model
+from engine.outputs import Output
 from engine.sampling_params import SamplingParams
 from tests.engine.checkpoints import SHAPE, random_model, save
 from tests.engine.driving import Answer, PreemptionCount, ask, generate
-from tests.engine.kv_oracle import Oracle, heaviest, most_attended_now, smallest_keys, window
+from tests.engine.kv_oracle import (
+    Cascade,
+    Oracle,
+    heaviest,
+    in_two_steps,
+    most_attended_now,
+    observed_at_the_end,
+    smallest_keys,
+    window,
+    without_smallest,
+)
 
 Expected = Callable[[str, Sequence[int], Sequence[int]], Tensor]
 VOCAB = SHAPE["vocab_size"]
@@ -50,6 +64,35 @@ POLICIES: dict[str, tuple[KVPolicy, Callable[[Any, int], Oracle]]] = {
     "h2o with slack": (
         H2O(heavy=7, recent=2, slack=4, prompt_slack=13),
         lambda model, prompt: Oracle(model, after=heaviest(7, 2, (13, 4), prompt)),
+    ),
+    "snapkv": (
+        SnapKV(keep=9, observed=3, pooled=3),
+        lambda model, prompt: Oracle(model, in_all_layers=observed_at_the_end(lambda layer: 9, 3, 3, prompt)),
+    ),
+    "pyramid": (  # 4 + 5 on average, 1 less in the last layer than in the first
+        Pyramid(keep=9, observed=4, pooled=1, steepness=3),
+        lambda model, prompt: Oracle(model, in_all_layers=observed_at_the_end(lambda n: (13, 5)[n], 4, 1, prompt)),
+    ),
+    "spatten": (
+        SpAtten(keep=12, keep_last=8, sinks=2, recent=3, slack=3, prompt_slack=5),
+        lambda model, prompt: Oracle(model, in_all_layers=Cascade((12, 8), (2, 2), (5, 3), prompt, 2, 3)),
+    ),
+    "spatten with everything": (
+        SpAtten(
+            keep=12,
+            keep_last=7,
+            sinks=1,
+            recent=2,
+            slack=1,
+            prompt_slack=4,
+            heads=0.5,
+            values=0.4,
+        ),
+        lambda model, prompt: Oracle(
+            model,
+            in_all_layers=Cascade((12, 7), (2, 1), (4, 1), prompt, 1, 2),
+            weights=without_smallest(0.4),
+        ),
     ),
     "tova": (
         TOVA(keep=8, slack=1, prompt_slack=4),
@@ -94,15 +137,20 @@ def prompts() -> list[list[int]]:
     return [common[:12], [*common[:20], *tokens[30:32]], common, tokens[32:77], [tokens[78]]]
 
 
+def actual(output: Output) -> Tensor:
+    """All log-probabilities after a token, [vocab]."""
+    (sampled,) = output.logprobs
+    found = torch.full((VOCAB,), torch.nan, dtype=torch.float64)
+    for token, logprob in sampled.top:
+        found[token] = logprob
+    return found
+
+
 def assert_close(answer: Answer, expected: Tensor, index: int = 0) -> None:
     """Every log-probability after every token of a continuation, within 1e-4 of those expected [tokens, vocab]."""
     outputs = [output for output in answer.outputs if output.index == index]
     for output, likelihoods in zip(outputs, expected, strict=True):
-        (sampled,) = output.logprobs
-        actual = torch.full((VOCAB,), torch.nan, dtype=torch.float64)
-        for token, logprob in sampled.top:
-            actual[token] = logprob
-        torch.testing.assert_close(actual, likelihoods, rtol=0, atol=1e-4)
+        torch.testing.assert_close(actual(output), likelihoods, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -160,6 +208,20 @@ def test_each_of_four_continuations_is_the_oracles(
         assert_close(answer, expected(name, prompts[1], tokens), index)
 
 
+def test_an_answers_queries_meet_high_bits_first(model: Any, loaded: LoadedModel, prompts: list[list[int]]) -> None:
+    """SpAtten's progressive quantization. Where a number lies just between two codes the oracle may take the other one,
+    so that few tokens' likelihoods differ a little; one step instead of two, or in the prompt too: by 0.2 to 0.8."""
+    policy = SpAtten(keep=60, keep_last=60, recent=8, slack=20, prompt_slack=20, high_bits=4, low_bits=4, threshold=0.3)
+    for prompt, answer in zip(prompts, generate(loaded, prompts, PARAMS, kv_policy=policy), strict=True):
+        oracle = Oracle(model, probabilities=in_two_steps(4, 4, 0.3, len(prompt)))
+        likelihoods = oracle.run([*prompt, *answer.tokens[0][:-1]])[len(prompt) - 1 :].log_softmax(-1)
+        differences = sorted(
+            (actual(output) - one).abs().max() for output, one in zip(answer.outputs, likelihoods, strict=True)
+        )
+        assert differences[len(differences) // 2] < 0.01
+        assert differences[-1] < 0.1
+
+
 def test_a_stream_runs_past_the_trained_length_at_constant_memory(
     model: Any, loaded: LoadedModel, expected: Expected
 ) -> None:
@@ -200,6 +262,15 @@ def test_what_was_evicted_is_counted(loaded: LoadedModel) -> None:
     ("given", "message"),
     [
         ("h3o", "there is no policy 'h3o'"),
+        ({"type": "snapkv", "observed": 300}, "observed must be at least 1 and at most what is kept, 256"),
+        ({"type": "snapkv", "pooled": 4}, "pooled must be an odd number, not 4"),
+        ({"type": "pyramid", "steepness": 0}, "steepness must be at least 1"),
+        ({"type": "spatten", "keep": 64}, "keep_last must be at least sinks"),
+        ({"type": "spatten", "heads": 0}, "heads must be more than 0"),
+        ({"type": "spatten", "values": float("nan")}, "values must be a number of a sane size"),
+        ({"type": "spatten", "values": "0.5"}, "values must be a number"),
+        ({"type": "spatten", "threshold": 10**400}, "threshold must be a number of a sane size"),
+        ({"type": "spatten", "high_bits": 1}, "high_bits must be 0 or from 2 to 12"),
         ({"type": "streaming", "sinks": "4"}, "sinks must be a whole number"),
         ({"type": "streaming", "sinks": True}, "sinks must be a whole number"),
         ({"type": "streaming", "sinks": 0}, "at least 1 sink"),

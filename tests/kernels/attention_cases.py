@@ -25,11 +25,12 @@ class AttentionCase:
     scale: float
     window: int | None
     sinks: Sinks | None = None
+    hidden: Tensor | None = None
 
     def arguments(self) -> tuple[Any, ...]:
         return (
             self.q, self.key_cache, self.value_cache, self.block_tables, self.query_start, self.seq_lens, self.scale,
-            self.window, self.sinks,
+            self.window, self.sinks, self.hidden,
         )  # fmt: skip
 
     def in_float32(self) -> "AttentionCase":
@@ -63,10 +64,11 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     window: int | None = None,
     limits: Sequence[tuple[int, int]] | None = None,
+    hidden: Sequence[Sequence[int]] | None = None,
 ) -> AttentionCase:
     """A case with sequences of (queries, keys): q a strided view, spare cache slots NaN, spare table entries huge.
 
-    ``limits`` are each sequence's own window (0: none) and sinks.
+    ``limits`` are each sequence's own window (0: none) and sinks, ``hidden`` its first slots that KV heads do not see.
     """
     needs = [-(-keys // block_size) for _, keys in lengths]
     blocks = torch.randperm(sum(needs) + 2)[: sum(needs)].tolist()
@@ -79,7 +81,8 @@ def make_case(
         first = max(0, keys - queries - min(window or keys, own or keys) + 1)
         for position in {*range(min(num_sinks, keys)), *range(first, keys)} if queries else ():
             for cache in caches:
-                cache[mine[position // block_size], :, position % block_size] = torch.randn(kv_heads, dims)
+                seen = torch.tensor([position >= count for count in hidden[b]] if hidden else [True] * kv_heads)
+                cache[mine[position // block_size], seen, position % block_size] = torch.randn(int(seen.sum()), dims)
     starts = torch.tensor([0] + [queries for queries, _ in lengths]).cumsum(0)
     fused = torch.randn(2, int(starts[-1]), kv_heads * (group + 2), dims).to(dtype)
     sinks = None
@@ -96,6 +99,7 @@ def make_case(
         scale=1 / math.sqrt(dims),
         window=window,
         sinks=sinks,
+        hidden=None if hidden is None else torch.tensor(hidden, dtype=torch.int32),
     )
 
 

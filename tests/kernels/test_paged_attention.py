@@ -149,6 +149,37 @@ def test_limits_of_one_sequence_leave_its_neighbours_as_they_are(ops: NativeOps,
     torch.testing.assert_close(actual, expected, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=2**-7)
 
 
+HIDDEN = [[0, 5, 63], [64, 65, 0], [2**31 - 1, 29, 39], [600, 1, 699]]
+
+
+def test_hidden_slots_are_as_if_they_were_not_there(rng: random.Random) -> None:
+    """Head by head, equal to a sequence that begins behind them."""
+    case = make_case([(1, 70), (3, 90), (1, 40), (2, 700)], kv_heads=3, group=2, dims=16, hidden=HIDDEN)
+    actual, starts = paged_attention(*case.arguments()), case.query_start.tolist()
+    for b, length in enumerate(case.seq_lens.tolist()):
+        for head, count in enumerate(HIDDEN[b]):
+            heads, rows = slice(2 * head, 2 * head + 2), slice(starts[b], starts[b + 1])
+            if count >= length:
+                assert not actual[rows, heads].any()
+                continue
+            slots = [(int(case.block_tables[b, j // 16]), j % 16) for j in range(count, length)]
+            keys, values = (
+                torch.stack([cache[block, head, offset] for block, offset in slots])
+                for cache in (case.key_cache, case.value_cache)
+            )
+            queries = case.q[rows, heads].transpose(0, 1)
+            visible = torch.ones(queries.shape[1], len(keys)).tril(len(keys) - queries.shape[1]).bool()
+            expected = scaled_dot_product_attention(
+                queries, keys.expand(2, -1, -1), values.expand(2, -1, -1), attn_mask=visible, scale=case.scale
+            )
+            torch.testing.assert_close(actual[rows, heads], expected.transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_native_hides_what_the_reference_hides(ops: NativeOps, dtype: torch.dtype) -> None:
+    case = make_case([(1, 70), (3, 90), (1, 40), (2, 700)], kv_heads=3, dims=32, dtype=dtype, hidden=HIDDEN)
+    assert_equals_reference(ops.paged_attention(*case.arguments()), case)
+
+
 def test_a_step_without_queries_returns_nothing(ops: NativeOps, dtype: torch.dtype) -> None:
     case = make_case([(0, 5), (0, 70)], dtype=dtype)
     assert ops.paged_attention(*case.arguments()).shape == (0, 6, 64)

@@ -19,9 +19,9 @@ windows = st.builds(Window, window=st.integers(1, 12), sinks=st.integers(0, 6))
 selections = st.builds(
     Selection,
     slots=st.integers(1, 10),
-    slack=st.integers(1, 5),
-    prompt_slack=st.integers(1, 8),
-    counted=st.sampled_from(["none", "all"]),
+    slack=st.none() | st.integers(1, 5),
+    prompt_slack=st.none() | st.integers(1, 8),
+    counted=st.sampled_from(["none", "all", 2]),
 )
 
 
@@ -59,7 +59,7 @@ def test_when_a_selection_is_due_does_not_depend_on_the_chunks(
         for number in wanted:
             left = number
             while left:
-                if budget.is_due(sequence.num_slots, in_prompt=sequence.in_prompt):
+                if budget.is_due(sequence.num_slots, sequence.prompt_left):
                     found.append(sequence.num_computed_tokens)
                     now = min(left, sequence.max_step)
                     sequence.num_dropped += sequence.num_slots - budget.slots
@@ -67,10 +67,24 @@ def test_when_a_selection_is_due_does_not_depend_on_the_chunks(
                     now = min(left, sequence.max_step)
                 sequence.num_computed_tokens += now
                 left -= now
-                assert sequence.num_slots <= budget.slots + max(budget.slack, budget.prompt_slack)
+                if budget.slack is not None and budget.prompt_slack is not None:
+                    assert sequence.num_slots <= budget.slots + max(budget.slack, budget.prompt_slack)
         return found
 
     assert selections_at(steps) == selections_at([1] * sum(steps))
+
+
+def test_a_selection_at_the_prompts_end_only_is_made_once() -> None:
+    """9 prompt tokens of which 4 stay, and 20 more: nothing falls away before the 9th is computed, nor ever after."""
+    scheduler = Scheduler(SchedulerConfig(num_blocks=20, block_size=2, max_num_batched_tokens=4))
+    budget = Selection(slots=4, slack=None, prompt_slack=None, counted=3)
+    scheduler.add(Request("r", range(9), StopRule(max_tokens=20), kv_budget=budget))
+    selected = []
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        selected += [(batch.items[0].start, one.num_slots, one.num_kept) for one in batch.compactions]
+        scheduler.update(batch, step_tokens(batch))
+    assert selected == [(9, 9, 4)]
 
 
 @pytest.mark.parametrize("fields", [{"window": 0}, {"window": 1, "sinks": -1}])
@@ -79,7 +93,9 @@ def test_a_window_that_sees_nothing_is_refused(fields: dict[str, int]) -> None:
         Window(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"slots": 0}, {"slots": 1, "slack": 0}, {"slots": 1, "prompt_slack": 0}])
+@pytest.mark.parametrize(
+    "fields", [{"slots": 0}, {"slots": 1, "slack": 0}, {"slots": 1, "prompt_slack": 0}, {"slots": 1, "slack": -1}]
+)
 def test_a_selection_of_nothing_is_refused(fields: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="a selection has at least 1 slot"):
         Selection(**fields)
