@@ -54,6 +54,25 @@ class Storage:
             output=torch.empty((layers, num_blocks, heads), **place),
         )
 
+    def places(self, table: Sequence[int], num_slots: int) -> Tensor:
+        """Where a block table's first slots are, in every layer, for each KV head: [layers, num_kv_heads, num_slots]
+        int64, as indices into the flattened ``mass`` and ``positions``."""
+        layers, blocks, heads, size = self.mass.shape
+        slots = torch.arange(num_slots)
+        in_blocks = torch.tensor(table)[slots // size] * (heads * size) + slots % size
+        first = torch.arange(layers)[:, None] * (blocks * heads * size) + torch.arange(heads) * size
+        return (first.unsqueeze(-1) + in_blocks).to(self.mass.device)
+
+    def rows(self) -> Tensor:
+        """All keys and values, [layers · 2 · blocks · num_kv_heads · block_size, head_dim]."""
+        return self.kv.view(-1, self.kv.shape[-1])
+
+    def of_kv(self, places: Tensor, which: int) -> Tensor:
+        """Places [layers, …] as indices into `rows`, of keys (0) or values (1)."""
+        layers, per_layer = self.mass.shape[0], self.mass[0].numel()
+        jumps = (torch.arange(layers, device=places.device) + which) * per_layer
+        return places + jumps.view(-1, *[1] * (places.dim() - 1))
+
     def by_block(self) -> list[Tensor]:
         """Everything, with the blocks as the second dimension."""
         return [self.kv[:, 0], self.kv[:, 1], self.mass, self.positions, self.hidden, self.output]

@@ -31,4 +31,4 @@ class KNorm:
 
     def score(self, slots: Slots) -> "Tensor":
         """The smaller the norm, the higher; recent tokens above all."""
-        return protect_recent(-slots.keys.float().norm(dim=-1), self.recent)
+        return protect_recent(-slots.keys().float().norm(dim=-1), self.recent)

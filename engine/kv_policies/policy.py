@@ -7,6 +7,8 @@ from kernels.pruning import Pruning
 from scheduler.kv_budget import KVBudget
 
 if TYPE_CHECKING:  # policies are settings too, and a command's help needs no torch
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
@@ -24,10 +26,8 @@ class KVPolicy(Protocol):
 class Slots:
     """What a sequence holds in each of L layers, oldest first: n slots, the newest token's the last."""
 
-    keys: "Tensor"
-    """[L, Hkv, n, D], rotated."""
-    values: "Tensor"
-    """[L, Hkv, n, D]."""
+    kv: "Callable[[int], Tensor]"
+    """Reads keys (0) or values (1), which most policies need not."""
     mass: "Tensor"
     """[L, Hkv, n] float32: the attention that each slot got from the queries that the budget counts, summed over them
     and over the query heads of its group; meaningless if it counts none."""
@@ -38,6 +38,14 @@ class Slots:
     known to a `Pruner` only."""
     off: "Tensor"
     """[L, Hkv] bool: the heads that were turned off before."""
+
+    def keys(self) -> "Tensor":
+        """[L, Hkv, n, D], rotated."""
+        return self.kv(0)
+
+    def values(self) -> "Tensor":
+        """[L, Hkv, n, D]."""
+        return self.kv(1)
 
 
 @runtime_checkable

@@ -55,7 +55,7 @@ def _progressive(q: Tensor, keys: Tensor, scale: float, hides: Tensor, pruning: 
 
 def _quantized(x: Tensor, bits: int, left_out: int) -> Tensor:
     """x to so many bits, symmetric for each token and head, of which the lowest are left out as if they were half."""
-    largest = 2 ** (bits - 1) - 1
+    largest = (1 << (bits - 1)) - 1
     step = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / largest
     codes = (x / step).round()
     kept = 1 << left_out
