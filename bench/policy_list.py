@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.random_eviction import RandomEviction
 from engine.engine_info import EngineInfo
 from engine.errors import ConfigError
 from engine.kv_policies.fit import budget_refusal
 from engine.kv_policies.policy import KVPolicy
-from engine.kv_policies.registry import describe, make_policy
+from engine.kv_policies.registry import POLICIES, describe, make_policy
 from scheduler.kv_budget import KVBudget, Window
 
+_POLICIES = {**POLICIES, RandomEviction.name: RandomEviction}
 _SHARE = re.compile(r"\*(?:([-/])([1-9][0-9]{0,8}))?")
 _INTEGER, _NUMBER = re.compile(r"-?[0-9]{1,10}"), re.compile(r"-?[0-9]{0,10}\.[0-9]{1,10}")
 
@@ -56,7 +58,7 @@ def candidates(given: Sequence[str], budgets: Sequence[int]) -> list[Candidate]:
 def _candidate(text: str, fields: Mapping[str, Any], budget: int | None) -> Candidate:
     filled = fields if budget is None else {name: _share(value, budget) for name, value in fields.items()}
     try:
-        policy = make_policy(filled)
+        policy = make_policy(filled, _POLICIES)
         kept = _kept(policy.budget())
     except ValueError as error:
         at = "" if budget is None else f" with a budget of {budget}"

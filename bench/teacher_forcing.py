@@ -23,7 +23,7 @@ from engine.model_runner import ModelRunner
 from engine.models.decoder import Decoder
 from scheduler.batch import ScheduledBatch
 from scheduler.config import SchedulerConfig
-from scheduler.kv_budget import KVBudget, Window
+from scheduler.kv_budget import UNLIMITED, KVBudget, Window
 from scheduler.request import Request, StopRule
 from scheduler.scheduler import Scheduler
 
@@ -128,7 +128,7 @@ def _engine(
     blocks = -(-length // size)
     if budget is not None:
         most = budget.max_blocks(min(length, steps.chunk), size)
-        blocks = min(blocks, most) if isinstance(budget, Window) else most  # a selection may need blocks to move to
+        blocks = min(blocks, most) if isinstance(budget, Window) or most == UNLIMITED else most
     places = min(num_texts, steps.texts_at_a_time)
     limits = SchedulerConfig(
         num_blocks=places * blocks,

@@ -21,7 +21,7 @@ POLICIES: Final[Mapping[str, type[Any]]] = {
 }
 
 
-def make_policy(given: object) -> KVPolicy:
+def make_policy(given: object, policies: Mapping[str, type[Any]] = POLICIES) -> KVPolicy:
     """The policy that a name, or an object with a ``type`` and the policy's fields, stands for.
 
     Raises ValueError, in words for the one who gave it: an unknown name or field, a value of a wrong type or out of
@@ -30,9 +30,9 @@ def make_policy(given: object) -> KVPolicy:
     fields: dict[str, Any] = {"type": given} if isinstance(given, str) else given  # type: ignore[assignment]
     if not isinstance(fields, Mapping) or not isinstance(fields.get("type"), str):
         raise ValueError("must be a policy's name, or an object with its name as 'type'")
-    cls = POLICIES.get(fields["type"])
+    cls = policies.get(fields["type"])
     if cls is None:
-        raise ValueError(f"there is no policy {fields['type'][:64]!r}, but {', '.join(map(repr, POLICIES))}")
+        raise ValueError(f"there is no policy {fields['type'][:64]!r}, but {', '.join(map(repr, policies))}")
     known = {field.name: field for field in dataclasses.fields(cls)}
     for name, value in fields.items():
         if name == "type":
