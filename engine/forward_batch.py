@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,6 @@ class ForwardBatch:
         dropped = np.array([item.num_dropped for item in items], dtype=np.int64)
         places = positions - dropped[owner]
         slots = tables[owner, places // block_size].astype(np.int64) * block_size + places % block_size
-        limits = SlotLimits.build(items, positions, owner)
         sampled = np.array([item.num_samples > 0 for item in items])
 
         def on_device(values: _Numbers, dtype: type) -> Tensor:
@@ -132,11 +132,28 @@ class ForwardBatch:
             seq_lens=on_device(starts + counts - dropped, np.int32),
             block_tables=torch.from_numpy(tables).to(device, non_blocking=True),
             logits_rows=on_device(ends[sampled] - 1, np.int64),
-            limits=None if limits is None else limits.to(device),
-            counted=_counted(items, ends - counts, device),
-            selected=_selected(items, device),
-            pruned=_pruned(items, ends - counts, policies),
+            **_of_budgets(items, positions, owner, ends - counts, policies, device),
         )
+
+
+def _of_budgets(
+    items: Sequence[ScheduledSequence],
+    positions: "_Numbers",
+    owner: "_Numbers",
+    rows: "_Numbers",
+    policies: Mapping[str, KVPolicy],
+    device: torch.device,
+) -> dict[str, Any]:
+    """The batch's fields that only sequences with a KV budget need; a step without any is not slowed down."""
+    if all(item.kv_budget is None for item in items):
+        return {}
+    limits = SlotLimits.build(items, positions, owner)
+    return {
+        "limits": None if limits is None else limits.to(device),
+        "counted": _counted(items, rows, device),
+        "selected": _selected(items, device),
+        "pruned": _pruned(items, rows, policies),
+    }
 
 
 def _counted(items: Sequence[ScheduledSequence], rows: "_Numbers", device: torch.device) -> Counted | None:
@@ -176,7 +193,7 @@ def _pruned(
     found = []
     for index, item in enumerate(items):
         policy = policies.get(item.sequence.request.request_id) if policies else None
-        if isinstance(policy, Pruner):
+        if isinstance(policy, Pruner) and (pruning := policy.pruning()) is not None:
             output = int(rows[index]) + max(item.sequence.request.num_prompt_tokens - item.start, 0)
-            found.append(PrunedSequence(index, policy.pruning(), item.start == 0, output))
+            found.append(PrunedSequence(index, pruning, item.start == 0, output))
     return tuple(found)

@@ -66,5 +66,5 @@ class Pruner(Selector, Protocol):
     def heads_off(self, slots: Slots) -> "Tensor":
         """[L, Hkv] bool: which KV heads are turned off, those in ``slots.off`` among them; told at each selection."""
 
-    def pruning(self) -> Pruning:
-        """What is left out of each query's attention."""
+    def pruning(self) -> Pruning | None:
+        """What is left out of each query's attention; None if that is nothing, and no head is ever turned off."""

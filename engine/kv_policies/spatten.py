@@ -55,8 +55,10 @@ class SpAtten:
             raise ValueError("high_bits must be 0 or from 2 to 12, low_bits at most 8")
         return Selection(slots=self.keep, slack=self.slack, prompt_slack=self.prompt_slack, counted="all")
 
-    def pruning(self) -> Pruning:
+    def pruning(self) -> Pruning | None:
         """Values and bits."""
+        if self.heads == 1 and self.values == 0 and self.high_bits == 0:
+            return None
         return Pruning(self.values, self.high_bits, self.low_bits, self.threshold)
 
     def score(self, slots: Slots) -> "Tensor":
@@ -81,6 +83,8 @@ class SpAtten:
 
     def heads_off(self, slots: Slots) -> "Tensor":
         """Which heads are of the least importance; once off, off in all layers above and for good."""
+        if self.heads == 1:
+            return slots.off
         num_layers, num_heads = slots.output.shape
         total, off = slots.output.cumsum(0), slots.off.clone()
         least = max(round(self.heads * num_heads), 1)

@@ -17,17 +17,18 @@ def prune(
     starts, num_kv_heads = batch.query_start.tolist(), cache.key.shape[1]
     for one in batch.pruned:
         rows = slice(starts[one.index], starts[one.index + 1])
-        attended[rows] = ops.pruned_attention(
-            query[rows],
-            cache.key,
-            cache.value,
-            batch.block_tables[one.index],
-            int(batch.seq_lens[one.index]),
-            scale,
-            None if hidden is None else hidden[one.index],
-            one.pruning,
-            one.first_output - rows.start,
-        )
+        if one.pruning.values or one.pruning.high_bits:
+            attended[rows] = ops.pruned_attention(
+                query[rows],
+                cache.key,
+                cache.value,
+                batch.block_tables[one.index],
+                int(batch.seq_lens[one.index]),
+                scale,
+                None if hidden is None else hidden[one.index],
+                one.pruning,
+                one.first_output - rows.start,
+            )
         given = attended[rows].float().abs().unflatten(1, (num_kv_heads, -1)).sum((0, 2, 3))
         first_block = batch.block_tables[one.index, 0]
         cache.output[first_block] = given if one.begins else cache.output[first_block] + given

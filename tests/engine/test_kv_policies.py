@@ -77,6 +77,10 @@ POLICIES: dict[str, tuple[KVPolicy, Callable[[Any, int], Oracle]]] = {
         SpAtten(keep=12, keep_last=8, sinks=2, recent=3, slack=3, prompt_slack=5),
         lambda model, prompt: Oracle(model, in_all_layers=Cascade((12, 8), (2, 2), (5, 3), prompt, 2, 3)),
     ),
+    "spatten with fewer heads": (
+        SpAtten(keep=11, keep_last=9, sinks=1, recent=2, slack=2, prompt_slack=3, heads=0.5),
+        lambda model, prompt: Oracle(model, in_all_layers=Cascade((11, 9), (2, 1), (3, 2), prompt, 1, 2)),
+    ),
     "spatten with everything": (
         SpAtten(
             keep=12,
