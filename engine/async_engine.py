@@ -16,8 +16,16 @@ from dataclasses import dataclass
 
 from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
-from engine.errors import ConfigError, EngineDeadError, InvalidRequestError, RequestTimeoutError
+from engine.errors import (
+    ConfigError,
+    EngineDeadError,
+    InvalidRequestError,
+    NumericalError,
+    OutOfMemoryError,
+    RequestTimeoutError,
+)
 from engine.kv_policies.policy import KVPolicy
+from engine.memory import is_out_of_memory
 from engine.model_runner import ModelRunner
 from engine.observer import EngineObserver
 from engine.request_checks import RequestChecks, is_endless
@@ -235,9 +243,16 @@ class AsyncEngine:
                     await self._sleep(until=self._scheduler.next_event())
                     continue
                 self._step_began = time.monotonic()
-                samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows, policies)
-                self._step_began = None
-                self._finish_step(batch, samples)
+                try:
+                    samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows, policies)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self._lose_step(batch, error)
+                else:
+                    self._finish_step(batch, samples)
+                finally:
+                    self._step_began = None
                 # Let the clients' tasks send what they got before the next step takes all cores again: a model thread
                 # that loses its core in mid-step keeps the others waiting for it at every barrier.
                 await asyncio.sleep(0)
@@ -290,7 +305,26 @@ class AsyncEngine:
             rows += state.rows(item.sequence, item.num_samples)
         return batch, rows
 
+    def _lose_step(self, batch: ScheduledBatch, error: Exception) -> None:
+        """A step did not fit into memory: give up all that had KV, and go on with those that wait."""
+        logger.error("out of memory in a step of %d tokens: %s", batch.num_tokens, error)
+        for request in self._scheduler.discard(batch):
+            state = self._states.pop(request.request_id)
+            state.end("error", self.observer, OutOfMemoryError("the server ran out of memory: try again"))
+
+    def _fail_broken(self, batch: ScheduledBatch, samples: list[list[Sample]]) -> None:
+        """End the requests for which the model gave no numbers; nothing that they computed may be reused."""
+        for item, group in zip(batch.items, samples, strict=True):
+            request = item.sequence.request
+            if not any(sample.broken for sample in group):
+                continue
+            if (state := self._states.pop(request.request_id, None)) is not None:
+                logger.error("request %s: the model's output is not a number", request.request_id)
+                self._scheduler.abort(request, tainted=True)
+                state.end("error", self.observer, NumericalError("the model's output is not a number"))
+
     def _finish_step(self, batch: ScheduledBatch, samples: list[list[Sample]]) -> None:
+        self._fail_broken(batch, samples)
         appended = self._scheduler.update(batch, [[sample.token for sample in group] for group in samples])
         now = time.perf_counter()
         for new in appended:

@@ -29,6 +29,14 @@ class EngineDeadError(OctavoError):
     """The engine's loop has failed: nothing can be served any more (HTTP 500, and `/health` fails)."""
 
 
+class NumericalError(OctavoError):
+    """The model gave no numbers for this request (HTTP 500); others are served on."""
+
+
+class OutOfMemoryError(OctavoError):
+    """A step did not fit into memory, and what had been computed for this request is lost (HTTP 503)."""
+
+
 class RequestTimeoutError(OctavoError):
     """A request's time was up before it was complete: HTTP 408, or 503 where it was still waiting to begin."""
 

@@ -64,3 +64,9 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE_GPU_MEMORY)
     return int(available_memory() * _SHARE_OF_FREE_CPU_MEMORY)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on the device or on the host."""
+    # torch says so on CPUs by a plain RuntimeError
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

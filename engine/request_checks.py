@@ -57,7 +57,7 @@ class RequestChecks:
         self._check_ids(params.logit_bias, "logit_bias")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
         for places, param in ((1, "max_tokens"), (params.width, "n" if params.best_of is None else "best_of")):
-            refusal = self._scheduler.refusal(len(prompt) + max_tokens, places, budget)
+            refusal = self._scheduler.config.refusal(len(prompt) + max_tokens, places, budget)
             if refusal is not None:
                 raise InvalidRequestError(refusal, param=param)
         eos = () if params.ignore_eos else self._tokenizer.eos_token_ids

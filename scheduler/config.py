@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from scheduler.batching import Batching
+from scheduler.kv_budget import KVBudget
 from scheduler.waiting_queue import Order
 
 
@@ -34,3 +35,15 @@ class SchedulerConfig:
     def num_slots(self) -> int:
         """Tokens that the whole pool holds."""
         return self.num_blocks * self.block_size
+
+    def refusal(self, num_tokens: int, num_places: int, budget: KVBudget | None = None) -> str | None:
+        """Why a request that may grow to ``num_tokens`` in ``num_places`` sequences can never run; None if it can."""
+        if budget is not None:
+            step_tokens = min(num_tokens, self.max_num_batched_tokens)
+            block_size = self.block_size
+            num_tokens = min(num_tokens, budget.max_blocks(step_tokens, block_size) * block_size)
+        if num_tokens > (slots := self.num_slots):
+            return f"the request may need {num_tokens} tokens of KV cache, but the cache holds {slots} in all"
+        if num_places > self.max_num_seqs:
+            return f"{num_places} sequences are more than the {self.max_num_seqs} that run at a time"
+        return None

@@ -229,6 +229,22 @@ class KVMemory:
             self.host.release(sequence.host_table)
             del sequence.host_table[:]
 
+    def forget(self, sequence: Sequence) -> None:
+        """Let nobody find what it has computed: neither in its blocks nor in what was left behind when it moved."""
+        count = len(sequence.block_table) + len(sequence.host_table)  # one of which it has
+        keys = sequence.block_keys(count, self.block_size) if self._prefix_caching else []
+        for pool, table in ((self.device, sequence.block_table), (self.host, sequence.host_table)):
+            if pool is not None:
+                found = [block for block in map(pool.index.find, keys) if block is not None]
+                for block in {*table, *found}:
+                    pool.index.forget(block)
+
+    def forget_moves(self, transfers: Transfers) -> None:
+        """Let nobody find what the step should have moved to the host."""
+        for _, block in transfers.out:
+            assert self.host is not None
+            self.host.index.forget(block)
+
     # the parts
 
     def _num_blocks(self, num_tokens: int) -> int:

@@ -107,6 +107,8 @@ class _Reader:
                 self._update(tokens, float(seconds))
             case {"abort": name}:
                 self._leave([name])
+            case {"discard": _}:
+                self._step = None  # the aborts of those that it took with it follow
             case {"expire": names}:
                 self._leave(names)
             case {"finish": [name, index, _]}:

@@ -15,7 +15,6 @@ from heapq import heapify, heappop, heappush
 from scheduler.batch import Appended, ScheduledBatch, ScheduledSequence
 from scheduler.block_pool import BlockPool
 from scheduler.config import SchedulerConfig
-from scheduler.kv_budget import KVBudget
 from scheduler.kv_memory import KVMemory
 from scheduler.request import FinishReason, Rank, Request, Sequence, Status
 from scheduler.waiting_queue import WaitingQueue
@@ -105,18 +104,6 @@ class Scheduler:
                 times.append(due)
         return min(times, default=None)
 
-    def refusal(self, num_tokens: int, num_places: int, budget: KVBudget | None = None) -> str | None:
-        """Why a request that may grow to ``num_tokens`` in ``num_places`` sequences can never run; None if it can."""
-        if budget is not None:
-            step_tokens = min(num_tokens, self.config.max_num_batched_tokens)
-            block_size = self.config.block_size
-            num_tokens = min(num_tokens, budget.max_blocks(step_tokens, block_size) * block_size)
-        if num_tokens > (slots := self.config.num_slots):
-            return f"the request may need {num_tokens} tokens of KV cache, but the cache holds {slots} in all"
-        if num_places > self.config.max_num_seqs:
-            return f"{num_places} sequences are more than the {self.config.max_num_seqs} that run at a time"
-        return None
-
     def check(self) -> None:
         """Raise AssertionError unless free + used = total and every reference is owned by a live sequence's table."""
         live = [s for request in self._begun for s in request.sequences if s.status is not Status.FINISHED]
@@ -129,7 +116,7 @@ class Scheduler:
 
     def add(self, request: Request, now: float = 0.0) -> None:
         """Queue a request. Raises ValueError if it can never run."""
-        reason = self.refusal(request.max_num_tokens, request.num_places, request.kv_budget)
+        reason = self.config.refusal(request.max_num_tokens, request.num_places, request.kv_budget)
         if reason is not None:
             raise ValueError(reason)
         self._serial += 1
@@ -142,9 +129,27 @@ class Scheduler:
                 heapify(self._deadlines)
             heappush(self._deadlines, (request.deadline, request.rank, request))
 
-    def abort(self, request: Request) -> None:
-        """End every sequence of ``request`` now, whatever it is doing; what is ended already stays as it is."""
+    def abort(self, request: Request, *, tainted: bool = False) -> None:
+        """End every sequence of ``request`` now, whatever it is doing; what is ended already stays as it is.
+
+        What a ``tainted`` one has computed is found in no prefix cache any more.
+        """
+        if tainted:
+            for sequence in request.sequences:
+                self._memory.forget(sequence)
         self._end(request, "abort")
+
+    def discard(self, batch: ScheduledBatch) -> list[Request]:
+        """Instead of `update`: the step failed, and nobody knows what it has computed or moved.
+
+        Ends all requests that have KV, and says which; those that wait are not concerned.
+        """
+        self._memory.end_step()
+        self._memory.forget_moves(batch.transfers)
+        lost = sorted(self._begun, key=lambda request: request.rank)
+        for request in lost:
+            self.abort(request, tainted=True)
+        return lost
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End one sequence and free its blocks. Nothing happens if it has ended already."""

@@ -54,10 +54,15 @@ class TracedScheduler(Scheduler):
         super().add(request, now)
         self._write(now=now, add=_described(request))
 
-    def abort(self, request: Request) -> None:
+    def abort(self, request: Request, *, tainted: bool = False) -> None:
         """See `Scheduler.abort`."""
-        self._write(abort=request.request_id)
-        super().abort(request)
+        self._write(abort=request.request_id, **({"tainted": True} if tainted else {}))
+        super().abort(request, tainted=tainted)
+
+    def discard(self, batch: ScheduledBatch) -> list[Request]:
+        """See `Scheduler.discard`; the aborts are written by themselves."""
+        self._write(discard=True)
+        return super().discard(batch)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """See `Scheduler.finish`."""
@@ -156,7 +161,11 @@ class Replay:
                 scheduler.add(request, entry["now"])
                 self.requests += 1
             case {"abort": name}:
-                scheduler.abort(live[name])
+                scheduler.abort(live[name], tainted=entry.get("tainted", False))
+            case {"discard": _}:
+                if batch is None:
+                    raise TraceError("a step was given up before there was one")
+                scheduler.discard(batch)
             case {"finish": [name, index, reason]}:
                 scheduler.finish(_sequence(live[name], index), reason)
             case {"expire": names}:

@@ -15,7 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from engine.errors import EngineDeadError, InvalidRequestError, OctavoError, RequestTimeoutError
+from engine.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    NumericalError,
+    OctavoError,
+    OutOfMemoryError,
+    RequestTimeoutError,
+)
 
 logger = logging.getLogger("octavo.server")
 
@@ -85,6 +92,10 @@ def as_api_error(error: Exception) -> ApiError:
             return _timeout_error(error)
         case EngineDeadError():
             return ApiError(500, "The engine has failed; the server is about to stop.", code="engine_dead")
+        case NumericalError():
+            return ApiError(500, str(error), code="numerical_error")
+        case OutOfMemoryError():
+            return ApiError(503, str(error), code="out_of_memory")
         case OctavoError():
             logger.error("request failed: %s", error)
             return ApiError(500, "The request failed in the engine.", code="engine_error")

@@ -1,19 +1,25 @@
-"""A fault of the scheduler is a failure of the engine: found when it idles, logged, and told to every client."""
+"""Faults: the scheduler's are a failure of the engine, told to every client; others end the requests concerned."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, RequestTimeoutError
+from engine.errors import EngineDeadError, NumericalError, OutOfMemoryError, RequestTimeoutError
 from engine.launch import LoadedModel, assemble
+from engine.model_runner import ModelRunner
+from engine.sampler import Sample, SampleRow, sample
+from engine.sampling_params import SamplingParams
 from scheduler.kv_memory import KVMemory
 from scheduler.scheduler import Scheduler
-from tests.engine.driving import GREEDY, ask, until
+from tests.engine.driving import GREEDY, Answer, ask, until
 
 
 @asynccontextmanager
@@ -83,3 +89,61 @@ async def test_clients_are_told_of_a_failure_though_nothing_can_be_freed_any_mor
         "the engine's loop failed",
         "what the failed requests held cannot be freed",
     ]
+
+
+POISON = 7
+
+
+def _poisoned(logits: Tensor, rows: list[SampleRow]) -> list[Sample]:
+    """As if the model's numbers overflowed for every sequence in which one token occurs."""
+    bad = torch.tensor([[POISON in row.tokens] for row in rows])
+    return sample(logits.masked_fill(bad, torch.nan), rows)
+
+
+@pytest.mark.parametrize("params", [GREEDY, replace(GREEDY, temperature=1.0, seed=1, n=2), replace(GREEDY, top_k=3)])
+async def test_a_request_without_numbers_ends_with_an_error_and_leaves_its_neighbours_and_no_cache(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, params: SamplingParams
+) -> None:
+    sick, healthy = [*range(30, 60), POISON], [*range(80, 120)]
+    async with _running(tiny) as engine:
+        alone = await ask(engine, healthy, params)
+    async with _running(tiny) as engine, asyncio.timeout(10):
+        with monkeypatch.context() as patched:
+            patched.setattr("engine.model_runner.sample", _poisoned)
+            error, answer = await asyncio.gather(
+                ask(engine, sick, params, "a"), ask(engine, healthy, params, "b"), return_exceptions=True
+            )
+        assert isinstance(error, NumericalError)
+        assert isinstance(answer, Answer)
+        assert answer.tokens == alone.tokens
+        assert engine.is_healthy()
+        assert engine.stats().used_blocks == 0
+        assert (await ask(engine, sick, params, "c")).cached_tokens == 0  # what it had computed is not trusted
+        assert (await ask(engine, healthy, params, "d")).cached_tokens > 0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+async def test_a_step_that_does_not_fit_into_memory_ends_those_who_run_and_no_others(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    execute, calls = ModelRunner.execute, 0
+
+    def exhausted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise error
+        return execute(*arguments)
+
+    monkeypatch.setattr(ModelRunner, "execute", exhausted)
+    prompts = [[*range(first, first + 20)] for first in (10, 40, 70)]
+    async with _running(tiny, max_num_seqs=2) as engine, asyncio.timeout(10):
+        asked = (ask(engine, prompt, GREEDY, f"{i}") for i, prompt in enumerate(prompts))
+        *running, waiting = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(one, OutOfMemoryError) for one in running)
+        assert isinstance(waiting, Answer)
+        assert engine.is_healthy()
+        assert engine.stats().used_blocks == 0
+        again = await ask(engine, prompts[0], GREEDY, "again")
+        assert again.cached_tokens == 0
+        assert len(again.tokens[0]) == 16

@@ -198,7 +198,7 @@ class Budgets(RuleBasedStateMachine):
     def add(self, budget: KVBudget | None, prompt: list[int], n: int, max_tokens: int) -> None:
         stop = StopRule(max_tokens=max_tokens)
         request = Request(str(len(self.requests)), prompt, stop, n=n, kv_budget=budget)
-        if self.scheduler.refusal(request.max_num_tokens, n, budget) is None:
+        if self.config.refusal(request.max_num_tokens, n, budget) is None:
             self.scheduler.add(request)
             self.requests.append(request)
 
@@ -218,6 +218,17 @@ class Budgets(RuleBasedStateMachine):
                     assert len(item.block_table) <= most, "more blocks than the budget says"
             self.scheduler.check()
             self.scheduler.update(batch, step_tokens(batch))
+
+    @rule(executed=st.booleans(), tainted=st.booleans())
+    def lose_a_step(self, executed: bool, tainted: bool) -> None:
+        """The step fails before anything is done, or is computed with a request that turns out to be broken."""
+        batch = self.scheduler.schedule()
+        if executed and batch.items:
+            self.memory.execute(batch)
+            self.scheduler.abort(batch.items[0].sequence.request, tainted=tainted)
+            self.scheduler.update(batch, step_tokens(batch))
+        else:
+            self.scheduler.discard(batch)
 
     @invariant()
     def every_reference_is_owned(self) -> None:

@@ -136,3 +136,49 @@ def test_a_newcomer_takes_no_blocks_that_a_running_prompt_still_needs() -> None:
 def test_swapping_needs_host_blocks() -> None:
     with pytest.raises(ValueError, match="preemption by swapping needs host blocks"):
         SchedulerConfig(num_blocks=4, preemption="swap")
+
+
+def test_what_a_failed_step_should_have_moved_to_the_host_is_not_found_there() -> None:
+    tiers = _Tiers(5, 8)
+    tiers.add("first", [9] * 17)
+    tiers.run()
+    tiers.add("second", [8] * 17)
+    batch = tiers.scheduler.schedule()
+    assert batch.transfers.out
+    tiers.scheduler.discard(batch)
+    again = tiers.add("again", [9] * 17)
+    tiers.run()
+    moved = len(batch.transfers.out)
+    assert again.cached_tokens is not None
+    assert again.cached_tokens <= 4 * (4 - moved)
+
+
+@pytest.mark.parametrize("tainted", [False, True])
+def test_what_a_tainted_sequence_left_on_the_host_is_not_found_there(tainted: bool) -> None:
+    tiers = _Tiers(5, 8)
+    _, young = tiers.add("old", [9] * 8, max_tokens=8), tiers.add("young", [8] * 8, max_tokens=8)
+    while not young.sequences[0].host_table:
+        tiers.step()
+    tiers.scheduler.abort(young, tainted=tainted)
+    tiers.run()
+    again = tiers.add("again", [8] * 8)
+    tiers.run()
+    assert again.cached_tokens == (0 if tainted else 4)
+
+
+@pytest.mark.parametrize("tainted", [False, True])
+def test_a_tainted_sequence_leaves_no_copies_of_its_prefix(tainted: bool) -> None:
+    """The host has a copy of what the device has forgotten, and the device fetches it back: both are forgotten."""
+    tiers = _Tiers(6, 8)
+    tiers.add("first", [9] * 9)
+    tiers.run()
+    tiers.add("other", [8] * 23)
+    tiers.run()  # the device forgets the first, the host takes it
+    again = tiers.add("again", [9] * 9, max_tokens=4)
+    tiers.step()
+    assert again.cached_tokens == 8
+    tiers.scheduler.abort(again, tainted=tainted)
+    tiers.run()
+    last = tiers.add("last", [9] * 9)
+    tiers.run()
+    assert last.cached_tokens == (0 if tainted else 8)
