@@ -16,6 +16,7 @@ from bench.step import weight_bytes_read
 from engine.engine_info import EngineInfo
 from engine.errors import ConfigError
 from engine.kv_cache import KVCache
+from engine.kv_policies.fit import fitted
 from engine.kv_policies.policy import KVPolicy
 from engine.launch import LoadedModel
 from engine.model_runner import ModelRunner
@@ -51,7 +52,7 @@ class Subject:
 
     def budget(self, policy: KVPolicy) -> KVBudget | None:
         """What a request under the policy may hold."""
-        return policy.budget()
+        return fitted(policy.budget(), self.info.windows)
 
     def cache(self, num_blocks: int) -> KVCache:
         """A KV cache of random contents."""

@@ -21,8 +21,8 @@ class EngineInfo:
     load_seconds: float
     position_dependent_rotation: bool = False
     """Whether a key's rotation depends on more than how far away it is (dynamic NTK scaling)."""
-    windowed: bool = False
-    """Whether any layer has a sliding window of its own."""
+    windows: tuple[int | None, ...] = ()
+    """Each layer's own sliding window in tokens; None where it sees everything."""
 
     @property
     def kv_tokens(self) -> int:

@@ -158,7 +158,7 @@ def engine_info(config: EngineConfig, loaded: LoadedModel, plan: MemoryPlan) -> 
         kv_bytes=plan.num_blocks * KVCache.block_bytes(model, config.block_size, loaded.dtype),
         load_seconds=loaded.load_seconds,
         position_dependent_rotation=model.rope.rope_type == "dynamic",
-        windowed=any(window is not None for window in model.windows),
+        windows=model.windows,
     )
 
 
