@@ -16,7 +16,7 @@ from engine.engine_info import EngineInfo
 from engine.errors import ConfigError
 from engine.host import available_cores, keep_freed_memory
 from engine.kv_cache import KVCache
-from engine.memory import MemoryPlan, plan_memory
+from engine.memory import MemoryPlan, held_slots, plan_memory
 from engine.model_runner import ModelRunner
 from engine.models.decoder import Decoder
 from engine.models.loading import load_decoder, num_bytes
@@ -159,6 +159,7 @@ def engine_info(config: EngineConfig, loaded: LoadedModel, plan: MemoryPlan) -> 
         load_seconds=loaded.load_seconds,
         position_dependent_rotation=model.rope.rope_type == "dynamic",
         windows=model.windows,
+        full_length_slots=held_slots(config, model, plan.max_model_len),
     )
 
 

@@ -150,6 +150,16 @@ def test_a_window_holds_what_its_budget_says_however_long_the_context(
     assert len(item.block_table) <= 6
 
 
+def test_a_model_with_windows_reads_no_more_than_they_are(tmp_path: Path, executed: list[ScheduledBatch]) -> None:
+    folder = save(random_model("mistral", num_hidden_layers=2, sliding_window=8), tmp_path)
+    config = EngineConfig(model=str(folder), dtype="float32", threads=1, block_size=4, kv_cache_memory=MIB)
+    subject = Subject(*load(config), BANDWIDTH)
+    group = Group((Full(), SlidingWindow(window=5)), context=200, steps=2)
+    step = Decoding(subject, subject.cache(group.num_blocks(subject)), group).step()
+    assert step.kv_bytes == (8 + 5) * TOKEN_BYTES
+    assert max(len(item.block_table) for item in executed[-1].items) <= 3
+
+
 def test_a_group_that_an_engine_has_no_room_for_is_refused_in_words(subject: Subject) -> None:
     assert Group((Full(),) * 8, 256, 4).refusal(subject) is None
     assert "there is room for 2,048" in str(Group((Full(),) * 33, 256, 4).refusal(subject))

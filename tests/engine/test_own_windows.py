@@ -157,6 +157,14 @@ def test_no_more_blocks_are_held_than_the_window_needs(loaded: LoadedModel) -> N
     assert 3 <= round(observer.most * 100) <= Window(window=OWN).max_blocks(8, 4) == 5
 
 
+def test_an_answer_may_be_longer_than_the_cache(loaded: LoadedModel, expected: Expected) -> None:
+    limits = {"block_size": 4, "max_num_batched_tokens": 8, "kv_cache_memory": 5 * BLOCK_BYTES}
+    (answer,) = generate(loaded, [[5]], replace(PARAMS, max_tokens=200), **limits)
+    assert_close(answer, expected([5], answer.tokens[0], SEES_OWN))
+    info = assemble(EngineConfig(**limits), loaded).info  # type: ignore[arg-type]
+    assert (info.max_model_len, info.kv_tokens, info.full_length_requests) == (256, 20, 1.0)
+
+
 def test_a_plain_request_is_told_of_no_eviction(loaded: LoadedModel) -> None:
     observer = Watching()
     plain, narrower = (
@@ -177,7 +185,7 @@ def test_prefixes_longer_than_the_window_are_shared(loaded: LoadedModel, expecte
         second_prompt = [*range(3, 63), *first.tokens[0], *range(100, 110)]
         second = await ask(engine, second_prompt, PARAMS)
         assert (first.cached_tokens, second.cached_tokens) == (0, 80)  # the answer's last token was never computed
-        assert_close(second, expected(second_prompt, second.tokens[0], SEES_OWN, False))
+        assert_close(second, expected(second_prompt, second.tokens[0], SEES_OWN))
         narrower = await ask(engine, second_prompt, PARAMS, kv_policy=SlidingWindow(window=5))
         assert narrower.cached_tokens == 4
         assert_close(narrower, expected(second_prompt, narrower.tokens[0], window(5), False))
@@ -201,7 +209,7 @@ def test_preemption_changes_nothing(loaded: LoadedModel, expected: Expected, swa
     )
     assert observer.preemptions > 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        assert_close(answer, expected(prompt, answer.tokens[0], SEES_OWN, False))
+        assert_close(answer, expected(prompt, answer.tokens[0], SEES_OWN))
 
 
 def test_each_of_four_continuations_is_the_oracles(
@@ -211,7 +219,7 @@ def test_each_of_four_continuations_is_the_oracles(
     (answer,) = generate(loaded, [prompts[1]], params, block_size=4)
     assert len({tuple(tokens) for tokens in answer.tokens.values()}) > 1
     for index, tokens in answer.tokens.items():
-        assert_close(answer, expected(prompts[1], tokens, SEES_OWN, False), index)
+        assert_close(answer, expected(prompts[1], tokens, SEES_OWN), index)
 
 
 def test_a_plain_batch_is_what_it_is_on_any_other_model() -> None:
