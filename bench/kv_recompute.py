@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from bench import flags, output
 from bench.progress import progress
-from bench.steady import GREEDY, TOKEN, Decoding, Group, Subject
+from bench.steady import GREEDY, TOKEN, WARM_STEPS, Decoding, Group, Subject
 from engine.errors import ConfigError
 from engine.kv_cache import KVCache
+from engine.kv_policies.fit import budget_refusal
 from engine.kv_policies.streaming import Streaming
 from engine.model_runner import ModelRunner
 from engine.sampler import SampleRow
@@ -75,8 +76,9 @@ class Recompute:
         """One size after the other."""
         with progress(self.title, sum(self.windows) * self.repeats, "tok") as bar:
             for window in self.windows:
-                group = Group((Streaming(sinks=SINKS, window=window - SINKS),), 2 * window + self.steps, self.steps)
-                refusal = self._refusal(window) or group.refusal(self.subject)
+                policy = Streaming(sinks=SINKS, window=window - SINKS)
+                group = Group((policy,), 2 * window + self.steps + WARM_STEPS, self.steps)
+                refusal = self._refusal(window, policy) or group.refusal(self.subject)
                 if refusal is not None:
                     yield Recomputation(window, None, refusal)
                     continue
@@ -92,9 +94,11 @@ class Recompute:
                 fast, slow = median(streamed), median(recomputed)
                 yield Recomputation(window, Times(fast * 1e3, slow * 1e3, slow / fast), None)
 
-    def _refusal(self, window: int) -> str | None:
-        longest = self.subject.info.max_model_len
-        return f"the model's context length is {longest:,} tokens" if window >= longest else None
+    def _refusal(self, window: int, policy: Streaming) -> str | None:
+        info = self.subject.info
+        if window >= info.max_model_len:
+            return f"the model's context length is {info.max_model_len:,} tokens"
+        return budget_refusal(policy.budget(), info)
 
     def _recompute(self, window: int, cache: KVCache) -> float:
         """Seconds from a prompt of ``window`` tokens to the one token that follows it."""

@@ -11,6 +11,7 @@ import pytest
 from bench import kv_speed, steady
 from bench.kv_held import Holding, Service
 from bench.kv_mixed import Times, _times
+from bench.kv_recompute import Recompute
 from bench.steady import Decoding, Group, Step, Subject, whole_cycles
 from bench.teacher_forcing import load
 from engine.config import EngineConfig
@@ -155,6 +156,9 @@ def test_a_model_with_windows_reads_no_more_than_they_are(tmp_path: Path, execut
     config = EngineConfig(model=str(folder), dtype="float32", threads=1, block_size=4, kv_cache_memory=MIB)
     subject = Subject(*load(config), BANDWIDTH)
     group = Group((Full(), SlidingWindow(window=5)), context=200, steps=2)
+    (refused,) = Recompute(subject, [16], repeats=1, steps=1, chunk=64).each()
+    assert refused.times is None
+    assert "layers that see 8 tokens" in str(refused.not_possible)
     step = Decoding(subject, subject.cache(group.num_blocks(subject)), group).step()
     assert step.kv_bytes == (8 + 5) * TOKEN_BYTES
     assert max(len(item.block_table) for item in executed[-1].items) <= 3
