@@ -119,7 +119,7 @@ class Group:
     def num_blocks(self, subject: Subject) -> int:
         """Blocks that they take at most."""
         size, chunk = subject.info.block_size, self.chunk(subject)
-        plain = -(-self.context // size)
+        plain = -(-(self.context + 1) // size)  # the last token that is sampled is none of the context's
         return sum(plain if one is None else one.max_blocks(chunk, size) for one in self.budgets(subject))
 
     def refusal(self, subject: Subject) -> str | None:

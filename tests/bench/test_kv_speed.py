@@ -130,6 +130,14 @@ def test_plain_sequences_end_at_the_context(subject: Subject, executed: list[Sch
     assert plain == [100, 100]
 
 
+def test_a_sequence_alone_fits_into_the_blocks_that_it_is_said_to_take(subject: Subject) -> None:
+    for policy in (Full(), Streaming(sinks=2, window=14), H2O_SMALL):
+        group = Group((policy,), context=64, steps=2)
+        decoding = Decoding(subject, subject.cache(group.num_blocks(subject)), group)
+        for _ in range(2):
+            decoding.step()
+
+
 def test_a_policy_selects_in_the_timed_steps_as_often_as_its_slack_says(
     subject: Subject, executed: list[ScheduledBatch]
 ) -> None:
