@@ -15,6 +15,7 @@ COMMANDS = {
     "batching": Command("compare batching modes, none to continuous, under one load", "bench.batching"),
     "chat": Command("measure each turn of conversations, with and without prefix caching", "bench.chat"),
     "quality": Command("measure what each KV policy costs in quality, by perplexity and by answers", "bench.quality"),
+    "kv": Command("measure what KV policies save in time and in memory", "bench.kv_speed"),
     "stall": Command("measure what a long prompt does to running streams, by token budget", "bench.stall"),
     "scheduler": Command("time the scheduler's steps and weigh the KV memory it leaves empty", "bench.scheduler"),
     "ceiling": Command("measure how many tokens/s the load-test client itself can receive", "bench.ceiling"),

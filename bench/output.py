@@ -58,6 +58,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def annotated(table: str, notes: Sequence[str]) -> str:
+    """A table, and lines below it if there are any."""
+    return "\n".join([table, *([""] if notes else []), *notes])
+
+
+def stacked(label: str) -> str:
+    """A policy's label in several lines, two words in each, for the axis of a picture."""
+    words = label.split()
+    return "\n".join(" ".join(words[start : start + 2]) for start in range(0, len(words), 2))
+
+
 def figure(value: float | None) -> str:
     """Three digits or so; a dash where there is no value."""
     if value is None:

@@ -11,9 +11,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench import flags
+
+if TYPE_CHECKING:
+    from engine.models.decoder import Decoder
 
 OPS = ("linear", "paged_attention", "rms_norm", "rotary_embedding", "kv_write", "silu_and_mul")
 
@@ -118,12 +121,16 @@ def profile_step(loaded: Any, batch: int, context: int, new_tokens: int, steps: 
             began = time.perf_counter()
             runner.execute(step, rows)
             profile.timed_step_seconds += time.perf_counter() - began
-    weights = loaded.decoder.nbytes - (0 if config.tie_embeddings else loaded.decoder.embedding.nbytes)
     profile.bytes_read = {
-        "linear": weights,
+        "linear": weight_bytes_read(loaded.decoder),
         "paged_attention": batch * context * config.kv_values_per_token * loaded.dtype.itemsize,
     }
     return profile
+
+
+def weight_bytes_read(decoder: "Decoder") -> int:
+    """Bytes of the weights that every step reads: all, but of an embedding that is not the head too a few rows."""
+    return decoder.nbytes - (0 if decoder.config.tie_embeddings else decoder.embedding.nbytes)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KVCache
+from engine.kv_policies.fit import fitted
 from engine.kv_policies.policy import KVPolicy
 from engine.launch import LoadedModel, engine_info, load_model
 from engine.memory import plan_memory
@@ -98,9 +99,10 @@ def score(
     A text's first token and the ``skip`` after it are not scored. ``on_tokens`` is told of each step's tokens.
     """
     length = len(texts[0])
-    scheduler, runner, witness = _engine(loaded, policy.budget(), length, len(texts), steps)
+    budget = fitted(policy.budget(), loaded.decoder.config.windows)
+    scheduler, runner, witness = _engine(loaded, budget, length, len(texts), steps)
     for index, text in enumerate(texts):
-        scheduler.add(_request(str(index), text, policy, steps, skip))
+        scheduler.add(_request(str(index), text, policy, budget, steps, skip))
     scores = Scores(torch.full((len(texts), length), torch.nan), [])
     done = 0
     while scheduler.has_work:
@@ -142,13 +144,15 @@ def _engine(
     return Scheduler(limits), ModelRunner(cast(Decoder, witness), cache), witness
 
 
-def _request(name: str, text: Sequence[int], policy: KVPolicy, steps: Steps, skip: int) -> Request:
+def _request(
+    name: str, text: Sequence[int], policy: KVPolicy, budget: KVBudget | None, steps: Steps, skip: int
+) -> Request:
     """The text as a prompt and what is to follow it. The last token is only predicted: it has no KV."""
     prompt_len = steps.prompt_len
     if prompt_len is None:
         prompt_len = len(text) if by_position(policy) else max(skip, 1)
     prompt = text[: min(prompt_len, len(text) - 1)]
-    return Request(name, prompt, StopRule(max_tokens=len(text) - len(prompt)), kv_budget=policy.budget())
+    return Request(name, prompt, StopRule(max_tokens=len(text) - len(prompt)), kv_budget=budget)
 
 
 def _wanted(

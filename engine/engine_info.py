@@ -21,8 +21,10 @@ class EngineInfo:
     load_seconds: float
     position_dependent_rotation: bool = False
     """Whether a key's rotation depends on more than how far away it is (dynamic NTK scaling)."""
-    windowed: bool = False
-    """Whether any layer has a sliding window of its own."""
+    windows: tuple[int | None, ...] = ()
+    """Each layer's own sliding window in tokens; None where it sees everything."""
+    full_length_slots: int | None = None
+    """KV slots that a plain request of the full context length holds at most; None: one for each token."""
 
     @property
     def kv_tokens(self) -> int:
@@ -32,7 +34,7 @@ class EngineInfo:
     @property
     def full_length_requests(self) -> float:
         """How many requests of the full context length the KV cache holds at a time."""
-        return self.kv_tokens / self.max_model_len
+        return self.kv_tokens / (self.full_length_slots or self.max_model_len)
 
     def lines(self) -> list[str]:
         """The start log."""

@@ -14,14 +14,14 @@ from engine.kv_policies.policy import KVPolicy, Pruner
 from kernels.counted import Counted
 from kernels.pruning import Pruning
 from scheduler.batch import ScheduledSequence
-from scheduler.kv_budget import Selection, Window
+from scheduler.kv_budget import KVBudget, Selection, Window
 
 _Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
 class SlotLimits:
-    """What sequences with a `Window` as their budget see; the others have zeros."""
+    """What sequences with a policy's `Window` as their budget see; the others have zeros."""
 
     windows: Tensor
     """[B] int32."""
@@ -34,9 +34,9 @@ class SlotLimits:
     @classmethod
     def build(cls, items: Sequence[ScheduledSequence], positions: "_Numbers", owner: "_Numbers") -> "SlotLimits | None":
         """The limits of a step, if any sequence has some."""
-        if not any(isinstance(item.kv_budget, Window) for item in items):
+        budgets = [_limit(item.kv_budget) for item in items]
+        if not any(budgets):
             return None
-        budgets = [item.kv_budget if isinstance(item.kv_budget, Window) else None for item in items]
         windows = np.array([0 if budget is None else budget.window for budget in budgets], dtype=np.int64)
         sinks = np.array([0 if budget is None else budget.sinks for budget in budgets], dtype=np.int64)
         ends = np.where(sinks > 0, windows + sinks - 1, np.iinfo(np.int64).max)
@@ -134,6 +134,11 @@ class ForwardBatch:
             logits_rows=on_device(ends[sampled] - 1, np.int64),
             **_of_budgets(items, positions, owner, ends - counts, policies, device),
         )
+
+
+def _limit(budget: KVBudget | None) -> Window | None:
+    """A window that is narrower than the model's own, which its layers know."""
+    return budget if isinstance(budget, Window) and not budget.own else None
 
 
 def _of_budgets(

@@ -16,7 +16,7 @@ from engine.engine_info import EngineInfo
 from engine.errors import ConfigError
 from engine.host import available_cores, keep_freed_memory
 from engine.kv_cache import KVCache
-from engine.memory import MemoryPlan, plan_memory
+from engine.memory import MemoryPlan, held_slots, plan_memory
 from engine.model_runner import ModelRunner
 from engine.models.decoder import Decoder
 from engine.models.loading import load_decoder, num_bytes
@@ -158,7 +158,8 @@ def engine_info(config: EngineConfig, loaded: LoadedModel, plan: MemoryPlan) -> 
         kv_bytes=plan.num_blocks * KVCache.block_bytes(model, config.block_size, loaded.dtype),
         load_seconds=loaded.load_seconds,
         position_dependent_rotation=model.rope.rope_type == "dynamic",
-        windowed=any(window is not None for window in model.windows),
+        windows=model.windows,
+        full_length_slots=held_slots(config, model, plan.max_model_len),
     )
 
 

@@ -8,6 +8,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.host import available_memory
 from engine.kv_cache import KVCache
+from engine.kv_policies.fit import fitted
 from engine.models.config import ModelConfig
 
 _SHARE_OF_FREE_CPU_MEMORY = 0.25
@@ -38,15 +39,27 @@ def plan_memory(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, de
         # No more than all running sequences at full length can use, and as much again for cached prefixes.
         most = 2 * config.max_num_seqs * -(-wanted_len // config.block_size)
         num_blocks = min(_free_memory(device) // block_bytes, most)
+    longest = held_slots(config, model, wanted_len)
     capacity = num_blocks * config.block_size
-    if capacity < (config.max_model_len or 1):
+    if capacity < (longest if config.max_model_len is not None else 1):
         wanted = "one block" if config.max_model_len is None else f"--max-model-len {config.max_model_len}"
-        needed = -(-(config.max_model_len or 1) // config.block_size) * block_bytes
+        needed = -(-(longest if config.max_model_len is not None else 1) // config.block_size) * block_bytes
         raise ConfigError(
             f"the KV cache has room for {capacity} tokens, too few for {wanted}: "
             f"--kv-cache-memory must be at least {-(-needed // 1024)}KiB"
         )
-    return MemoryPlan(num_blocks, _host_blocks(config, block_bytes), min(wanted_len, capacity))
+    max_model_len = wanted_len if capacity >= longest else capacity
+    return MemoryPlan(num_blocks, _host_blocks(config, block_bytes), max_model_len)
+
+
+def held_slots(config: EngineConfig, model: ModelConfig, length: int) -> int:
+    """KV slots that a plain sequence of ``length`` tokens holds at most: fewer where all layers have windows."""
+    budget = fitted(None, model.windows)
+    if budget is None:
+        return length
+    return min(
+        length, budget.max_blocks(min(length, config.max_num_batched_tokens), config.block_size) * config.block_size
+    )
 
 
 def _host_blocks(config: EngineConfig, block_bytes: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.engine_info import EngineInfo
 from engine.errors import InvalidRequestError
-from engine.kv_policies.fit import budget_refusal
+from engine.kv_policies.fit import budget_refusal, fitted
 from engine.kv_policies.policy import KVPolicy
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
@@ -68,17 +68,15 @@ class RequestChecks:
         return Request(request_id, prompt, rule, n=params.width, beam_width=beam_width, kv_budget=budget, **options)
 
     def budget(self, policy: KVPolicy) -> KVBudget | None:
-        """How much KV a request under the policy may hold. Raises InvalidRequestError if this model cannot."""
+        """What a request under the policy may hold; None: all. Raises InvalidRequestError if this model cannot."""
         try:
             budget = policy.budget()
         except ValueError as error:
             raise InvalidRequestError(str(error), param="kv_policy") from None
-        if budget is None:
-            return None
-        refusal = budget_refusal(budget, self._info)
+        refusal = None if budget is None else budget_refusal(budget, self._info)
         if refusal is not None:
             raise InvalidRequestError(refusal, param="kv_policy")
-        return budget
+        return fitted(budget, self._info.windows)
 
     def _max_tokens(self, num_prompt: int, wanted: int | None, *, endless: bool) -> int:
         """Output tokens at most. What holds no more KV than its budget may go on past the context length."""

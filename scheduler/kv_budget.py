@@ -6,6 +6,7 @@ position; behind a gap of ``num_dropped`` tokens it is that many less.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -20,15 +21,22 @@ class Window:
 
     window: int
     sinks: int = 0
+    own: bool = False
+    """Whether it is the model's, whose layers all see no further for any request: then each token's KV is what it
+    always is, and its blocks are everybody's."""
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.sinks < 0:
             raise ValueError("a window has at least 1 token, and not less than 0 sinks")
+        if self.own and self.sinks:
+            raise ValueError("a model's own window has no sinks")
 
     @property
     def num_exact(self) -> int:
-        """Tokens from the beginning on that see all before them: only their KV is what it would be without a budget."""
-        return self.window + self.sinks
+        """Tokens from the beginning on whose KV is what it would be without a budget: of those that see all before
+        them, or, if that is what the model itself lets them see, of all.
+        """
+        return sys.maxsize if self.own else self.window + self.sinks
 
     def max_blocks(self, step_tokens: int, block_size: int) -> int:
         """Blocks that it takes at most while ``step_tokens`` are computed in a step.
@@ -45,8 +53,11 @@ class Window:
     def droppable(self, num_computed: int, num_dropped: int, block_size: int) -> tuple[int, int]:
         """Which entries of the block table no token to come will see: the first, and how many."""
         first = self.num_sink_blocks(block_size)
-        seen = max(num_computed - self.window + 1, 0) // block_size
-        return first, max(seen - first - num_dropped // block_size, 0)
+        return first, max(self.first_seen(num_computed, block_size) - first - num_dropped // block_size, 0)
+
+    def first_seen(self, num_computed: int, block_size: int) -> int:
+        """The block, counted from the beginning of the text, where the window of the next token begins."""
+        return max(num_computed - self.window + 1, 0) // block_size
 
 
 UNLIMITED: Final = 2**31 - 1

@@ -12,10 +12,11 @@ the order. Host blocks that a step reads or writes stay held until it is decided
 from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from typing import TypeGuard
 
 from scheduler.batch import Compaction, Move, Transfers
 from scheduler.block_pool import BlockPool
-from scheduler.kv_budget import Selection, Window
+from scheduler.kv_budget import KVBudget, Selection, Window
 from scheduler.request import Sequence
 
 _NOTHING = Transfers()
@@ -103,7 +104,8 @@ class KVMemory:
             self.device.release(sequence.block_table[first : first + count])
             del sequence.block_table[first : first + count]
             sequence.num_dropped += count * self.block_size
-            self._evicted.append((sequence, count * self.block_size))
+            if not budget.own:  # what no request of the model sees was taken by no policy
+                self._evicted.append((sequence, count * self.block_size))
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Give it the blocks of its next ``num_tokens`` tokens; as many as `blocks_needed` are free."""
@@ -173,7 +175,7 @@ class KVMemory:
     def enter(self, sequence: Sequence, spare: int) -> bool:
         """Give a sequence what the two tiers hold of it, if all its tokens find a block and ``spare`` are left over."""
         swapped = bool(sequence.host_table)
-        kept = self._swapped(sequence) if swapped else self._cached(sequence)
+        skipped, kept = (0, self._swapped(sequence)) if swapped else self._cached(sequence)
         shared = [block for block, in_host in kept if not in_host]
         num_free = self.device.num_free - sum(self.device.ref_count(block) == 0 for block in shared) - spare
         if self._blocks_of_all(sequence) - len(shared) > num_free:
@@ -183,7 +185,8 @@ class KVMemory:
             self._held.extend(sequence.host_table)
             del sequence.host_table[:]
         else:
-            sequence.num_computed_tokens = len(kept) * self.block_size
+            sequence.num_dropped = skipped * self.block_size
+            sequence.num_computed_tokens = sequence.num_dropped + len(kept) * self.block_size
             self._hold([block for block, in_host in kept if in_host])
         fetched = iter(self._allocate(len(kept) - len(shared)))
         for block, in_host in kept:
@@ -231,8 +234,7 @@ class KVMemory:
 
     def forget(self, sequence: Sequence) -> None:
         """Let nobody find what it has computed: neither in its blocks nor in what was left behind when it moved."""
-        count = len(sequence.block_table) + len(sequence.host_table)  # one of which it has
-        keys = sequence.block_keys(count, self.block_size) if self._prefix_caching else []
+        keys = self._keys(sequence, sequence.num_slots)
         for pool, table in ((self.device, sequence.block_table), (self.host, sequence.host_table)):
             if pool is not None:
                 found = [block for block in map(pool.index.find, keys) if block is not None]
@@ -273,18 +275,24 @@ class KVMemory:
 
     def _keys(self, sequence: Sequence, num_slots: int) -> list[bytes]:
         """The prefix-index keys of the whole blocks at its table's beginning; none of those that a budget changed."""
-        budget = sequence.request.kv_budget
-        if budget is not None:
+        if not self._prefix_caching:
+            return []
+        budget, first = sequence.request.kv_budget, sequence.num_dropped // self.block_size
+        if budget is not None and not _is_own(budget):
             num_slots = min(num_slots, budget.num_exact) if sequence.num_dropped == 0 else 0
-        return sequence.block_keys(num_slots // self.block_size, self.block_size) if self._prefix_caching else []
+            first = 0
+        return sequence.block_keys(first + num_slots // self.block_size, self.block_size)[first:]
 
-    def _cached(self, sequence: Sequence) -> list[tuple[int, bool]]:
-        """The blocks of its longest known prefix, each with whether it is the host's.
+    def _cached(self, sequence: Sequence) -> tuple[int, list[tuple[int, bool]]]:
+        """The blocks of its longest known prefix, each with whether it is the host's, and how many before are not
+        needed.
 
         The last token is always computed, since its logits are wanted: it never comes from a cache.
         """
         wanted = sequence.num_tokens - 1
         budget = sequence.request.kv_budget
+        if budget is not None and _is_own(budget):
+            return self._cached_window(self._keys(sequence, wanted), budget)
         if budget is not None:
             # One token less than could be shared: then nothing is dropped or selected in the step that finds it, which
             # may be the step that computes it.
@@ -295,7 +303,20 @@ class KVMemory:
             if found is None:
                 break
             kept.append(found)
-        return kept
+        return 0, kept
+
+    def _cached_window(self, keys: Seq[bytes], window: Window) -> tuple[int, list[tuple[int, bool]]]:
+        """The same if a window is all that the next token sees: what lies before may be gone, and the rest found."""
+        kept: list[tuple[int, bool]] = []
+        for first in range(len(keys) - 1, -1, -1):
+            found = self._find(keys[first])
+            if found is None:
+                kept = []
+                continue
+            kept.append(found)
+            if first == window.first_seen((first + len(kept)) * self.block_size, self.block_size):
+                return first, kept[::-1]
+        return 0, []
 
     def _swapped(self, sequence: Sequence) -> list[tuple[int, bool]]:
         """The blocks of what was swapped out, each the host's unless the device still has the same."""
@@ -346,6 +367,11 @@ class KVMemory:
         if self.host is not None:
             self.host.share(blocks)
             self._held.extend(blocks)
+
+
+def _is_own(budget: KVBudget) -> TypeGuard[Window]:
+    """Whether it is the model's own window."""
+    return isinstance(budget, Window) and budget.own
 
 
 def _due(sequence: Sequence) -> Selection | None:

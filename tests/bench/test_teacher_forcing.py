@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,6 +132,15 @@ def test_a_stream_past_the_trained_length_holds_no_more_than_its_budget(loaded: 
     assert max(held) <= budget.max_blocks(9, 4) <= 10 < 200 / 4
     assert max(held[-20:]) == max(held[len(held) // 2 :])
     assert scores.blocks[-1][0] == sum(told) == 199  # the last token is only predicted
+
+
+def test_a_model_with_windows_of_its_own_is_scored_in_the_memory_that_they_need(tmp_path: Path) -> None:
+    model, text = random_model("mistral", num_hidden_layers=2, sliding_window=8), [*range(3, 203)]
+    config = EngineConfig(model=str(save(model, tmp_path)), dtype="float32", threads=1)
+    scores = score(load(config)[0], Full(), [text], STEPS)
+    with torch.inference_mode():
+        assert_same(scores.nll[0][1:], nll_of(model.double()(torch.tensor([text])).logits[0], text))
+    assert max(blocks for _, blocks in scores.blocks) <= 5
 
 
 def test_a_policy_that_takes_more_than_its_budget_says_is_found_out(loaded: LoadedModel) -> None:

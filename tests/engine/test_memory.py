@@ -52,6 +52,21 @@ def test_a_small_cache_shortens_the_context_unless_it_was_asked_for() -> None:
         _plan(kv_cache_memory=4 * _BLOCK, max_model_len=65)
 
 
+def _mistral(window: int | None) -> ModelConfig:
+    return model_config({**SHAPE, "architectures": ["MistralForCausalLM"], "sliding_window": window})
+
+
+def test_where_all_layers_have_windows_the_context_may_be_longer_than_the_cache() -> None:
+    """A window of 40 and a step of 16 tokens take up to 5 blocks of 16, whatever the length."""
+    small = {"max_num_batched_tokens": 16, "kv_cache_memory": 5 * _BLOCK}
+    assert _plan(_mistral(40), **small).max_model_len == 256
+    assert _plan(_mistral(40), **small, max_model_len=256).max_model_len == 256
+    assert _plan(_mistral(None), **small).max_model_len == 80
+    assert _plan(_mistral(40), **{**small, "kv_cache_memory": 4 * _BLOCK}).max_model_len == 64
+    with pytest.raises(ConfigError, match=r"room for 64 tokens, too few for --max-model-len 256.*at least 60KiB"):
+        _plan(_mistral(40), **{**small, "kv_cache_memory": 4 * _BLOCK}, max_model_len=256)
+
+
 def test_the_host_tier_is_as_large_as_was_asked_for_and_swapping_needs_one() -> None:
     assert _plan(swap_memory=7 * _BLOCK + 5).num_host_blocks == 7
     with pytest.raises(ConfigError, match="--preemption swap needs --swap-memory"):

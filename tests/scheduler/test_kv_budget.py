@@ -16,6 +16,7 @@ from scheduler.scheduler import Scheduler
 from tests.scheduler.memory import Content, RecordingMemory, step_tokens
 
 windows = st.builds(Window, window=st.integers(1, 12), sinks=st.integers(0, 6))
+own_windows = st.builds(Window, window=st.integers(1, 12), own=st.just(True))
 selections = st.builds(
     Selection,
     slots=st.integers(1, 10),
@@ -25,7 +26,11 @@ selections = st.builds(
 )
 
 
-@given(budget=windows, block_size=st.sampled_from([1, 2, 4, 16]), chunks=st.lists(st.integers(1, 20), max_size=12))
+@given(
+    budget=windows | own_windows,
+    block_size=st.sampled_from([1, 2, 4, 16]),
+    chunks=st.lists(st.integers(1, 20), max_size=12),
+)
 def test_a_window_drops_just_the_blocks_that_no_token_to_come_sees(
     budget: Window, block_size: int, chunks: list[int]
 ) -> None:
@@ -93,6 +98,11 @@ def test_a_window_that_sees_nothing_is_refused(fields: dict[str, int]) -> None:
         Window(**fields)
 
 
+def test_a_models_own_window_has_no_sinks() -> None:
+    with pytest.raises(ValueError, match="own window has no sinks"):
+        Window(window=4, sinks=1, own=True)
+
+
 @pytest.mark.parametrize(
     "fields", [{"slots": 0}, {"slots": 1, "slack": 0}, {"slots": 1, "prompt_slack": 0}, {"slots": 1, "slack": -1}]
 )
@@ -120,6 +130,88 @@ def test_only_what_a_budget_leaves_as_it_is_comes_from_the_prefix_cache() -> Non
                 scheduler.update(batch, step_tokens(batch))
         found[budget] = last.cached_tokens
     assert list(found.values()) == [12, 6, 6, 0]
+
+
+class Own:
+    """The scheduler of a model whose every layer has a window of 4 tokens, in blocks of 2, fed one prompt at a time."""
+
+    def __init__(self, num_blocks: int, **limits: Any) -> None:
+        self.scheduler = Scheduler(SchedulerConfig(num_blocks=num_blocks, block_size=2, **limits))
+        self.memory = BudgetedMemory(num_blocks, 2, limits.get("num_host_blocks", 0))
+        self.most = 0
+        self.evicted = 0
+
+    def cached(self, prompt: list[int], budget: KVBudget | None = Window(window=4, own=True)) -> int:  # noqa: B008
+        """Serve a prompt, of which one token comes; how much of it the prefix cache had."""
+        request = Request("r", prompt, StopRule(max_tokens=1), kv_budget=budget)
+        self.scheduler.add(request)
+        while self.scheduler.has_work:
+            batch = self.scheduler.schedule()
+            self.memory.execute(batch)
+            self.most = max(self.most, self.scheduler.pool.num_used)
+            self.evicted += sum(count for _, count in batch.evicted)
+            self.scheduler.update(batch, step_tokens(batch))
+        self.scheduler.check()
+        assert request.cached_tokens is not None
+        return request.cached_tokens
+
+
+PROMPT = [*range(100, 121)]
+
+
+def test_a_models_own_window_is_held_and_nothing_before_it() -> None:
+    served = Own(num_blocks=40, max_num_batched_tokens=3)
+    served.cached(PROMPT)
+    assert served.most == Window(window=4, own=True).max_blocks(3, 2) == 4
+
+
+def test_what_the_models_own_window_has_left_was_evicted_by_nobody() -> None:
+    own, policys = Own(num_blocks=40, max_num_batched_tokens=3), Own(num_blocks=40, max_num_batched_tokens=3)
+    own.cached(PROMPT)
+    policys.cached(PROMPT, Window(window=4))
+    assert (own.evicted, policys.evicted) == (0, 14)
+
+
+def test_behind_the_models_own_window_prefixes_are_found_as_well() -> None:
+    """All of 21 tokens but the last, in blocks of 2; of a narrower window's, those whose KV that left as it is."""
+    served = Own(num_blocks=40, max_num_batched_tokens=3)
+    assert served.cached(PROMPT) == 0
+    assert served.cached(PROMPT) == 20
+    assert served.cached([*PROMPT, *range(10)]) == 20
+    assert served.cached([*PROMPT[:9], *range(10)]) == 8
+    assert served.cached([*PROMPT[:9], *range(10)], Window(window=3)) == 2
+    assert served.cached([7, *PROMPT[1:]]) == 0
+
+
+def test_a_prefix_is_found_by_its_last_window_alone() -> None:
+    """In 6 blocks those of the prompt's beginning were used again by the time that it ended."""
+    served = Own(num_blocks=6, max_num_batched_tokens=3)
+    served.cached(PROMPT)
+    assert served.cached(PROMPT[:9]) == 0
+    served = Own(num_blocks=6, max_num_batched_tokens=3)
+    served.cached(PROMPT)
+    assert served.cached(PROMPT) == 20
+
+
+def test_a_window_of_which_one_block_is_missing_is_computed_anew() -> None:
+    served = Own(num_blocks=40, max_num_batched_tokens=64)
+    served.cached(PROMPT)
+    index = served.scheduler.pool.index
+    blocks = [index.find(key) for key in Request("r", PROMPT, StopRule(max_tokens=1)).sequences[0].block_keys(10, 2)]
+    assert None not in blocks
+    index.forget(blocks[8] or 0)
+    assert served.cached(PROMPT) == 16
+    index.forget(blocks[7] or 0)
+    assert served.cached(PROMPT) == 20  # the eighth was computed anew, and the seventh is not needed
+    assert served.cached(PROMPT[:18]) == 14
+
+
+def test_what_the_device_has_forgotten_of_a_window_the_host_still_has() -> None:
+    served = Own(num_blocks=6, num_host_blocks=40, max_num_batched_tokens=3)
+    served.cached(PROMPT)
+    served.cached([*range(30)])
+    assert served.cached(PROMPT) == 20
+    assert served.cached(PROMPT[:9]) == 8
 
 
 class BudgetedMemory(RecordingMemory):
@@ -190,7 +282,7 @@ class Budgets(RuleBasedStateMachine):
         self.requests: list[Request] = []
 
     @rule(
-        budget=st.one_of(st.none(), windows, selections),
+        budget=st.one_of(st.none(), windows, own_windows, selections),
         prompt=st.sampled_from([[1] * 3, [1] * 14, [1] * 9 + [2] * 9, [3]]),
         n=st.integers(1, 3),
         max_tokens=st.integers(1, 20),

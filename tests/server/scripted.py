@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -56,7 +56,7 @@ class Model:
         """What was computed last."""
 
     def execute(
-        self, batch: ScheduledBatch, rows: Sequence[SampleRow], selectors: Sequence[KVPolicy] = ()
+        self, batch: ScheduledBatch, rows: Sequence[SampleRow], policies: Mapping[str, KVPolicy]
     ) -> list[list[Sample]]:
         """Let each row go on as the script says."""
         self.last = batch.items
