@@ -82,8 +82,8 @@ class Float8:
 class Integers:
     """Asymmetric integers, as QServe has them for KV (Lin et al. 2024, §4.2.2): x ≈ code · scale + least.
 
-    The codes, 0 to 2^bits - 1, then the scale, (max - least) / (2^bits - 1), and the least value as float16. With 4 bits
-    byte i holds the code of dimension i in its lower half, and that of dimension i + D/2 in its upper.
+    The codes, 0 to 2^bits - 1, then the scale, (max - least) / (2^bits - 1), and the least value as float16. With 4
+    bits byte i holds the code of dimension i in its lower half, and that of dimension i + D/2 in its upper.
     """
 
     bits: int

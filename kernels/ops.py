@@ -6,6 +6,9 @@ unless `load` was called before.
 
 Letters in shapes: T query tokens of the flattened batch, B sequences, Hq and Hkv query and KV heads, D head dimension,
 S slots per cache block, M columns of the block tables, R rotated dimensions.
+
+Where an operation takes a `kv_format`, its caches hold rows of that format, [blocks, Hkv, S, W]; without one, values of
+the queries' dtype, W = D. Rows are decoded in float32, and may be rounded to the queries' dtype.
 """
 
 import torch
@@ -15,6 +18,7 @@ from kernels.cpu import dense
 from kernels.cpu.dense import LinearWeight
 from kernels.cpu.library import load, native
 from kernels.cpu.native import DTYPES, NativeOps
+from kernels.kv_format import KVFormat
 from kernels.reference.attention_mass import attention_mass as reference_attention_mass
 from kernels.reference.kv_write import kv_write as reference_kv_write
 from kernels.reference.paged_attention import paged_attention as reference_paged_attention
@@ -24,6 +28,7 @@ from kernels.reference.silu_and_mul import silu_and_mul as reference_silu_and_mu
 from kernels.sinks import Sinks
 
 __all__ = [
+    "KVFormat",
     "Sinks",
     "attention_mass",
     "kv_write",
@@ -61,16 +66,17 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     return reference_rotary_embedding(q, k, cos, sin)
 
 
-def kv_write(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+def kv_write(
+    k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, kv_format: KVFormat | None = None
+) -> None:
     """Write token t's key and value heads to cache slot `slots[t]`.
 
-    k and v [T, Hkv, D] may be strided views, with unit stride in D; caches are contiguous [blocks, Hkv, S, D] of their
-    dtype; slots int64 [T] = block·S + offset, and negative means: write nowhere. Raises IndexError for a slot past the
-    end.
+    k and v [T, Hkv, D] may be strided views, with unit stride in D; caches are contiguous [blocks, Hkv, S, W]; slots
+    int64 [T] = block·S + offset, and negative means: write nowhere. Raises IndexError for a slot past the end.
     """
     if (ops := _native_for(k)) is not None:
-        return ops.kv_write(k, v, key_cache, value_cache, slots)
-    return reference_kv_write(k, v, key_cache, value_cache, slots)
+        return ops.kv_write(k, v, key_cache, value_cache, slots, kv_format)
+    return reference_kv_write(k, v, key_cache, value_cache, slots, kv_format)
 
 
 def paged_attention(
@@ -83,10 +89,11 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     sinks: Sinks | None = None,
+    kv_format: KVFormat | None = None,
 ) -> Tensor:
     """Causal attention of variable-length queries over the paged cache, in which this step's keys already lie.
 
-    q [T, Hq, D] may be a strided view, with unit stride in D; caches are contiguous [blocks, Hkv, S, D] of its dtype.
+    q [T, Hq, D] may be a strided view, with unit stride in D; caches are contiguous [blocks, Hkv, S, W].
     int32: block_tables [B, M], of which entries that a sequence does not need may hold anything; query_start [B + 1],
     where each sequence's rows of q begin, and there may be none; seq_lens [B], its keys, this step's included. Query i
     of sequence b stands at position p = seq_lens[b] - (query_start[b+1] - query_start[b]) + i and sees key j if j ≤ p
@@ -97,9 +104,11 @@ def paged_attention(
     used, whatever they hold. Raises IndexError if a needed block does not exist.
     """
     if (ops := _native_for(q)) is not None:
-        return ops.paged_attention(q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks)
+        return ops.paged_attention(
+            q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks, kv_format
+        )
     return reference_paged_attention(
-        q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks
+        q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks, kv_format
     )
 
 
@@ -112,6 +121,7 @@ def attention_mass(
     scale: float,
     mass: Tensor,
     counted: Tensor,
+    kv_format: KVFormat | None = None,
 ) -> None:
     """Count the attention that each slot gets from this step's queries.
 
@@ -121,8 +131,8 @@ def attention_mass(
     they become the sum over the last query alone; with 0 a sequence's entries are not touched.
     """
     if (ops := _native_for(q)) is not None:
-        return ops.attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted)
-    return reference_attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted)
+        return ops.attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted, kv_format)
+    return reference_attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted, kv_format)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

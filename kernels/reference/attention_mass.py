@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.kv_format import KVFormat
 from kernels.reference.paged_attention import QUERIES_AT_ONCE, gather, score
 
 
@@ -15,6 +16,7 @@ def attention_mass(
     scale: float,
     mass: Tensor,
     counted: Tensor,
+    kv_format: KVFormat | None = None,
 ) -> None:
     """Sum up the probabilities of the queries that count; see `kernels.ops.attention_mass`."""
     block_size = key_cache.shape[2]
@@ -22,7 +24,7 @@ def attention_mass(
     for b in counted.nonzero().flatten().tolist():
         slots = torch.arange(lengths[b], device=q.device)
         blocks, offsets = block_tables[b, slots // block_size].long(), slots % block_size
-        keys = gather(key_cache, block_tables[b], slots)
+        keys = gather(key_cache, block_tables[b], slots, kv_format)
         queries, last_only = starts[b + 1] - starts[b], counted[b] == 2
         if not queries:
             continue
