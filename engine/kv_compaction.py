@@ -26,15 +26,16 @@ def _compact_layer(
 ) -> None:
     blocks, offsets = source
     slots = Slots(
-        keys=layer.key[blocks, :, offsets].transpose(0, 1),
-        values=layer.value[blocks, :, offsets].transpose(0, 1),
+        key_rows=layer.key[blocks, :, offsets].transpose(0, 1),
+        value_rows=layer.value[blocks, :, offsets].transpose(0, 1),
         mass=layer.mass[blocks, :, offsets].T,
+        kv_format=layer.kv_format,
     )
     kept = kept_slots(selector.score(slots), len(target[0]))
     blocks, offsets = target
     rows = kept.unsqueeze(-1).expand(-1, -1, layer.key.shape[-1])
-    layer.key[blocks, :, offsets] = slots.keys.gather(1, rows).transpose(0, 1)
-    layer.value[blocks, :, offsets] = slots.values.gather(1, rows).transpose(0, 1)
+    layer.key[blocks, :, offsets] = slots.key_rows.gather(1, rows).transpose(0, 1)
+    layer.value[blocks, :, offsets] = slots.value_rows.gather(1, rows).transpose(0, 1)
     layer.mass[blocks, :, offsets] = slots.mass.gather(1, kept).T
 
 

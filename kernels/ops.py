@@ -18,6 +18,7 @@ from kernels.cpu import dense
 from kernels.cpu.dense import LinearWeight
 from kernels.cpu.library import load, native
 from kernels.cpu.native import DTYPES, NativeOps
+from kernels.kv_format import FORMATS as KV_FORMATS
 from kernels.kv_format import KVFormat
 from kernels.reference.attention_mass import attention_mass as reference_attention_mass
 from kernels.reference.kv_write import kv_write as reference_kv_write
@@ -28,6 +29,7 @@ from kernels.reference.silu_and_mul import silu_and_mul as reference_silu_and_mu
 from kernels.sinks import Sinks
 
 __all__ = [
+    "KV_FORMATS",
     "KVFormat",
     "Sinks",
     "attention_mass",

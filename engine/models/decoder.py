@@ -54,7 +54,7 @@ class Attention:
             sink_query = query.clone()
             ops.rotary_embedding(sink_query, key[:, :0], *rotations.at_sinks)
         ops.rotary_embedding(query, key, *rotations.plain)
-        ops.kv_write(key, value, cache.key, cache.value, batch.slots)
+        ops.kv_write(key, value, cache.key, cache.value, batch.slots, cache.kv_format)
         attended = ops.paged_attention(
             query,
             cache.key,
@@ -65,6 +65,7 @@ class Attention:
             self.head_dim**-0.5,
             self.window,
             None if batch.limits is None else ops.Sinks(batch.limits.windows, batch.limits.sinks, sink_query),
+            cache.kv_format,
         )
         if batch.counted is not None:
             ops.attention_mass(
@@ -76,6 +77,7 @@ class Attention:
                 self.head_dim**-0.5,
                 cache.mass,
                 batch.counted,
+                cache.kv_format,
             )
         return self.output(attended.view(len(x), -1))
 
