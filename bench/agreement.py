@@ -70,7 +70,7 @@ class Generation:
     def heading(self) -> str:
         """What was measured on what."""
         return (
-            f"{self.info.model_name}, {self.info.dtype}: greedy answers of up to {self.max_tokens:,} tokens "
+            f"{self.info.model_name}, {self.info.dtypes}: greedy answers of up to {self.max_tokens:,} tokens "
             f"to {len(self.prompts)} prompts, {self.source}, compared with those of the full cache"
         )
 

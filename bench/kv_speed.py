@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_parts(parser)
     group = parser.add_argument_group("engine")
     group.add_argument("--model", default="embedded", help="what to load (default: %(default)s)")
-    group.add_argument("--dtype", default="auto", help="of weights and KV cache (default: %(default)s)")
+    group.add_argument("--dtype", default="auto", help="of weights and of what is computed (default: %(default)s)")
+    group.add_argument("--kv-cache-dtype", default="auto", help="how KV is stored (default: as --dtype)")
     group.add_argument("--block-size", type=int, default=16, help="tokens in a KV block (default: %(default)s)")
     group.add_argument(
         "--chunk", type=int, default=2048, help="tokens that a step computes, of recompute and held (%(default)s)"
@@ -108,14 +109,17 @@ def run(args: argparse.Namespace) -> int:
     from bench.teacher_forcing import load
     from engine.config import EngineConfig
     from engine.config import load as configure
+    from engine.kv_cache import pick_kv_format
 
     policies = candidates(args.policy or DEFAULT_POLICIES, budgets)
-    given = {name: getattr(args, name) for name in ("model", "dtype", "block_size")}
-    subject = Subject(*load(configure(EngineConfig, given)), read_bandwidth())
+    given = {name: getattr(args, name) for name in ("model", "dtype", "kv_cache_dtype", "block_size")}
+    loaded, engine = load(config := configure(EngineConfig, given))
+    kv_format = pick_kv_format(config.kv_cache_dtype, loaded.decoder.config, loaded.dtype)
+    subject = Subject(loaded, engine, read_bandwidth(), kv_format)
     check(policies, subject.info)
     parts = {name: _part(name, args, subject, policies) for name in chosen}
     info, speed = subject.info, subject.bandwidth / 1e9
-    heading = f"{info.model_name}, {info.dtype}, {info.threads} threads; memory is read at {speed:.1f} GB/s"
+    heading = f"{info.model_name}, {info.dtypes}, {info.threads} threads; memory is read at {speed:.1f} GB/s"
     print(heading)
     found: dict[str, list[Any]] = {}
     interrupted = False

@@ -84,7 +84,7 @@ class Needles:
     def heading(self) -> str:
         """What was measured on what."""
         return (
-            f"{self.info.model_name}, {self.info.dtype}: {len(self.trials)} needles, each in "
+            f"{self.info.model_name}, {self.info.dtypes}: {len(self.trials)} needles, each in "
             f"{self.length:,} tokens of {self.source}"
         )
 

@@ -47,7 +47,7 @@ class Windows:
             raise ConfigError(f"--skip must leave a token to score of --window {args.window}, not be {args.skip}")
         loaded, info = load(config)
         texts = cut(args.text, loaded.checkpoint.tokenizer, args.segments, args.window)
-        steps = Steps(chunk=args.chunk, prompt_len=args.prompt_len, block_size=config.block_size)
+        steps = Steps.of(args, config, loaded)
         return cls(loaded, info, texts, steps, args.skip, PurePath(args.text).name)
 
     @property
@@ -56,7 +56,7 @@ class Windows:
         scored = len(self.texts[0]) - 1 - self.skip
         windows = f"{len(self.texts)} windows" if len(self.texts) > 1 else "a window"
         return (
-            f"{self.info.model_name}, {self.info.dtype}, {self.text_name}: {windows} of "
+            f"{self.info.model_name}, {self.info.dtypes}, {self.text_name}: {windows} of "
             f"{len(self.texts[0]):,} tokens, the last {scored:,} of each scored, {len(self.texts) * scored:,} in all"
         )
 

@@ -26,6 +26,7 @@ from engine.model_runner import ModelRunner
 from engine.request_checks import is_endless
 from engine.sampler import SampleRow
 from engine.sampling_params import SamplingParams
+from kernels.ops import KVFormat
 from scheduler.batch import ScheduledBatch, ScheduledSequence
 from scheduler.config import SchedulerConfig
 from scheduler.kv_budget import UNLIMITED, KVBudget, Selection, Window
@@ -52,6 +53,8 @@ class Subject:
     info: EngineInfo
     bandwidth: float
     """Bytes per second that are read from memory."""
+    kv_format: KVFormat | None = None
+    """Of the KV cache, where it is not the model's dtype."""
 
     def budget(self, policy: KVPolicy) -> KVBudget | None:
         """What a request under the policy may hold."""
@@ -61,16 +64,28 @@ class Subject:
         """A KV cache of random contents."""
         loaded, size = self.loaded, self.info.block_size
         cache = KVCache(
-            loaded.decoder.config, num_blocks=num_blocks, block_size=size, dtype=loaded.dtype, device=loaded.device
+            loaded.decoder.config,
+            num_blocks=num_blocks,
+            block_size=size,
+            dtype=loaded.dtype,
+            device=loaded.device,
+            kv_format=self.kv_format,
         )
-        cache.storage.kv.normal_()
+        for part in cache.storage.kv.flatten(0, 1):
+            values = torch.randn((*part.shape[:-1], loaded.decoder.config.head_dim))
+            part.copy_(values if self.kv_format is None else self.kv_format.encode(values))
         cache.storage.mass.uniform_()
         return cache
 
     @property
     def block_bytes(self) -> int:
         """Of a block of the KV cache, over all layers."""
-        return KVCache.block_bytes(self.loaded.decoder.config, self.info.block_size, self.loaded.dtype)
+        return self.token_bytes * self.info.block_size
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's KV, over all layers."""
+        return KVCache.block_bytes(self.loaded.decoder.config, 1, self.loaded.dtype, self.kv_format)
 
     @property
     def weight_bytes(self) -> int:
@@ -84,7 +99,7 @@ class Subject:
         """
         config = self.loaded.decoder.config
         tokens = sum(_seen(item, window) for item in batch.items for window in config.windows)
-        return tokens * config.kv_values_per_token // config.num_layers * self.loaded.dtype.itemsize
+        return tokens * self.token_bytes // config.num_layers
 
 
 def _seen(item: ScheduledSequence, window: int | None) -> int:

@@ -42,7 +42,8 @@ class Profile:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--model", default="embedded", help="what to load (default: embedded)")
-    parser.add_argument("--dtype", default="auto", help="dtype of weights and KV cache (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="dtype of weights and activations (default: auto)")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="how KV is stored (default: as --dtype)")
     parser.add_argument("--batch", default="1,8,32", help="sequences in the step, a list (default: 1,8,32)")
     parser.add_argument(
         "--context", type=int, default=320, help="tokens that each holds in the KV cache (default: 320)"
@@ -57,14 +58,17 @@ def run(args: argparse.Namespace) -> int:
     """Print one table for each batch size. Raises ConfigError for settings that cannot work."""
     batches = flags.whole_numbers(args.batch, "--batch")
     flags.at_least(args, 1, "context", "new_tokens", "steps")
-    from engine.config import EngineConfig
+    from engine.config import EngineConfig, load
+    from engine.kv_cache import pick_kv_format
     from engine.launch import load_model
 
-    loaded = load_model(EngineConfig(model=args.model, dtype=args.dtype))
+    config = load(EngineConfig, {name: getattr(args, name) for name in ("model", "dtype", "kv_cache_dtype")})
+    loaded = load_model(config)
+    kv_format = pick_kv_format(config.kv_cache_dtype, loaded.decoder.config, loaded.dtype)
     bandwidth = read_bandwidth()
     print(f"{loaded.checkpoint.name}, {loaded.dtype}, {loaded.threads} threads; reads at {bandwidth / 1e9:.1f} GB/s")
     for batch in batches:
-        profile = profile_step(loaded, batch, args.context, args.new_tokens, args.steps)
+        profile = profile_step(loaded, kv_format, batch, args.context, args.new_tokens, args.steps)
         print(f"\n{batch} sequences × {args.new_tokens} new tokens at context {args.context}")
         print("\n".join(_table(profile, args.steps, bandwidth)))
     return 0
@@ -83,8 +87,10 @@ def read_bandwidth(nbytes: int = 1 << 29) -> float:
     return nbytes / best
 
 
-def profile_step(loaded: Any, batch: int, context: int, new_tokens: int, steps: int) -> Profile:
+def profile_step(loaded: Any, kv_format: Any, batch: int, context: int, new_tokens: int, steps: int) -> Profile:
     """Time ``steps`` steps as they are, then as many with every op timed."""
+    import torch
+
     from engine.kv_cache import KVCache
     from engine.model_runner import ModelRunner
     from engine.sampler import SampleRow
@@ -93,10 +99,17 @@ def profile_step(loaded: Any, batch: int, context: int, new_tokens: int, steps: 
 
     config, size = loaded.decoder.config, 16
     blocks = -(-context // size)
-    cache = KVCache(config, num_blocks=batch * blocks, block_size=size, dtype=loaded.dtype, device=loaded.device)
-    for layer in cache.layers:
-        layer.key.normal_()
-        layer.value.normal_()
+    cache = KVCache(
+        config,
+        num_blocks=batch * blocks,
+        block_size=size,
+        dtype=loaded.dtype,
+        device=loaded.device,
+        kv_format=kv_format,
+    )
+    for part in (part for layer in cache.layers for part in (layer.key, layer.value)):
+        values = torch.randn(*part.shape[:-1], config.head_dim, device=loaded.device)
+        part.copy_(values if kv_format is None else kv_format.encode(values))
     tokens = array("i", range(1000, 1000 + new_tokens))
     items = tuple(
         ScheduledSequence(
@@ -123,7 +136,7 @@ def profile_step(loaded: Any, batch: int, context: int, new_tokens: int, steps: 
             profile.timed_step_seconds += time.perf_counter() - began
     profile.bytes_read = {
         "linear": weight_bytes_read(loaded.decoder),
-        "paged_attention": batch * context * config.kv_values_per_token * loaded.dtype.itemsize,
+        "paged_attention": batch * context * KVCache.block_bytes(config, 1, loaded.dtype, kv_format),
     }
     return profile
 

@@ -73,14 +73,14 @@ class Stream:
         """Load the model and read the text. Raises ConfigError."""
         loaded, info = load(config)
         (text,) = cut(args.text, loaded.checkpoint.tokenizer, 1, args.stream)
-        steps = Steps(chunk=args.chunk, prompt_len=args.prompt_len, block_size=config.block_size)
+        steps = Steps.of(args, config, loaded)
         return cls(loaded, info, text, steps, args.bucket, args.full_up_to, PurePath(args.text).name)
 
     @property
     def heading(self) -> str:
         """What was measured on what."""
         return (
-            f"{self.info.model_name}, {self.info.dtype}, {self.text_name}: a stream of {len(self.text):,} tokens; "
+            f"{self.info.model_name}, {self.info.dtypes}, {self.text_name}: a stream of {len(self.text):,} tokens; "
             f"trained length {self.trained_length:,}"
         )
 
@@ -91,7 +91,8 @@ class Stream:
 
     def each(self, candidates: Sequence[Candidate]) -> Iterator[StreamQuality]:
         """Measure one policy after the other; one that keeps all only as far as it was said to go."""
-        block_bytes = KVCache.block_bytes(self.loaded.decoder.config, self.steps.block_size, self.loaded.dtype)
+        loaded, steps = self.loaded, self.steps
+        block_bytes = KVCache.block_bytes(loaded.decoder.config, steps.block_size, loaded.dtype, steps.kv_format)
         for candidate in candidates:
             text = self.text if candidate.budget is not None else self.text[: self.full_up_to]
             with progress(candidate.label, len(text), "tok") as bar:

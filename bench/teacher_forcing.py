@@ -5,6 +5,7 @@ that is no larger than the budget allows, and a `ModelRunner` computes the steps
 as if it had been sampled.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -15,13 +16,14 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
 from engine.forward_batch import ForwardBatch
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVCache, pick_kv_format
 from engine.kv_policies.fit import fitted
 from engine.kv_policies.policy import KVPolicy
 from engine.launch import LoadedModel, engine_info, load_model
 from engine.memory import plan_memory
 from engine.model_runner import ModelRunner
 from engine.models.decoder import Decoder
+from kernels.ops import KVFormat
 from scheduler.batch import ScheduledBatch
 from scheduler.config import SchedulerConfig
 from scheduler.kv_budget import UNLIMITED, KVBudget, Window
@@ -40,6 +42,14 @@ class Steps:
     that are not scored."""
     texts_at_a_time: int = 8
     block_size: int = 16
+    kv_format: KVFormat | None = None
+    """How KV is stored, where not in the model's dtype."""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, config: EngineConfig, loaded: LoadedModel) -> "Steps":
+        """As a command's flags have them. Raises ConfigError."""
+        kv_format = pick_kv_format(config.kv_cache_dtype, loaded.decoder.config, loaded.dtype)
+        return cls(chunk=args.chunk, prompt_len=args.prompt_len, block_size=config.block_size, kv_format=kv_format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +149,14 @@ def _engine(
         max_num_batched_tokens=steps.chunk,
         prefix_caching=False,  # what is found in a cache has no logits
     )
-    cache = KVCache(config, num_blocks=limits.num_blocks, block_size=size, dtype=loaded.dtype, device=loaded.device)
+    cache = KVCache(
+        config,
+        num_blocks=limits.num_blocks,
+        block_size=size,
+        dtype=loaded.dtype,
+        device=loaded.device,
+        kv_format=steps.kv_format,
+    )
     witness = Witness(loaded.decoder)
     return Scheduler(limits), ModelRunner(cast(Decoder, witness), cache), witness
 

@@ -223,7 +223,7 @@ class EngineConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto",
         choice("auto", "bfloat16", "float16", "float32"),
-        "type of weights, activations and KV cache; auto takes the fastest that the device computes in",
+        "type of weights and activations; auto takes the fastest that the device computes in",
         metavar="TYPE",
     )
     device: Literal["auto", "cpu", "cuda"] = setting(
@@ -240,6 +240,13 @@ class EngineConfig:
     block_size: int = setting(16, integer(1, 4096), "tokens in a block of the KV cache", metavar="N")
     kv_cache_memory: int | None = setting(
         None, memory, "size of the KV cache, such as 2GiB; fitted to the machine by default", metavar="SIZE"
+    )
+    kv_cache_dtype: Literal["auto", "bf16", "fp16", "fp8", "int8", "int4"] = setting(
+        "auto",
+        choice("auto", "bf16", "fp16", "fp8", "int8", "int4"),
+        "how keys and values are stored; auto takes the model's type, and the last three are quantized per token and "
+        "head; see docs/kv-storage.md",
+        metavar="TYPE",
     )
     prefix_caching: bool = setting(True, boolean, "share the KV blocks of equal prompt beginnings")
     swap_memory: int | None = setting(

@@ -19,12 +19,19 @@ class EngineInfo:
     block_size: int
     kv_bytes: int
     load_seconds: float
+    kv_format: str | None = None
+    """What keys and values are stored as; None: as values of ``dtype``."""
     position_dependent_rotation: bool = False
     """Whether a key's rotation depends on more than how far away it is (dynamic NTK scaling)."""
     windows: tuple[int | None, ...] = ()
     """Each layer's own sliding window in tokens; None where it sees everything."""
     full_length_slots: int | None = None
     """KV slots that a plain request of the full context length holds at most; None: one for each token."""
+
+    @property
+    def dtypes(self) -> str:
+        """The model's dtype, and that of its KV where it is another."""
+        return self.dtype if self.kv_format is None else f"{self.dtype} with {self.kv_format} KV"
 
     @property
     def kv_tokens(self) -> int:
@@ -42,8 +49,9 @@ class EngineInfo:
             f"model {self.model_name} ({self.architecture}), {self.dtype} on {self.device}, "
             f"{self.threads} thread{'s' if self.threads > 1 else ''}",
             f"weights {_size(self.weight_bytes)}, loaded in {self.load_seconds:.1f} s",
-            f"KV cache {_size(self.kv_bytes)}: {self.kv_tokens:,} tokens in {self.num_blocks:,} blocks of "
-            f"{self.block_size}, {self.full_length_requests:.1f} requests at the full {self.max_model_len:,} tokens",
+            f"KV cache {_size(self.kv_bytes)} of {self.kv_format or self.dtype}: {self.kv_tokens:,} tokens in "
+            f"{self.num_blocks:,} blocks of {self.block_size}, {self.full_length_requests:.1f} requests at the full "
+            f"{self.max_model_len:,} tokens",
         ]
 
 

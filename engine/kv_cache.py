@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.models.config import ModelConfig
+from kernels.ops import KV_FORMATS, KVFormat
 from scheduler.batch import Move, Transfers
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's part: key and value, each [num_blocks, num_kv_heads, block_size, head_dim]."""
+    """One layer's part: key and value, each [num_blocks, num_kv_heads, block_size, W] (see `kernels.ops`)."""
 
     key: Tensor
     value: Tensor
@@ -22,6 +24,8 @@ class LayerCache:
     output: Tensor
     """[num_blocks, num_kv_heads] float32: the sum of |attention's output| of a sequence's KV heads, for sequences that
     sum it up, with their first block."""
+    kv_format: KVFormat | None
+    """Of the rows, where they are not values of the model's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Storage:
     """All layers' blocks in one place: a tensor for each kind of thing that is kept, [layers, blocks, …]."""
 
     kv: Tensor
-    """[layers, 2, blocks, num_kv_heads, block_size, head_dim]: keys, values."""
+    """[layers, 2, blocks, num_kv_heads, block_size, W]: rows of keys, and of values."""
     mass: Tensor
     """[layers, blocks, num_kv_heads, block_size] float32, see `LayerCache`."""
     positions: Tensor
@@ -42,12 +46,19 @@ class Storage:
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, **place: Any
+        cls,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        kv_format: KVFormat | None,
+        **place: Any,
     ) -> "Storage":
         """Room for so many blocks; ``place`` is what torch.empty is told of the device."""
         layers, heads = config.num_layers, config.num_kv_heads
+        width, dtype = _row(config, dtype, kv_format)
         return cls(
-            kv=torch.empty((layers, 2, num_blocks, heads, block_size, config.head_dim), dtype=dtype, **place),
+            kv=torch.empty((layers, 2, num_blocks, heads, block_size, width), dtype=dtype, **place),
             mass=torch.empty((layers, num_blocks, heads, block_size), **place),
             positions=torch.empty((layers, num_blocks, heads, block_size), dtype=torch.int32, **place),
             hidden=torch.empty((layers, num_blocks, heads), dtype=torch.int32, **place),
@@ -64,7 +75,7 @@ class Storage:
         return (first.unsqueeze(-1) + in_blocks).to(self.mass.device)
 
     def rows(self) -> Tensor:
-        """All keys and values, [layers · 2 · blocks · num_kv_heads · block_size, head_dim]."""
+        """All keys and values, [layers · 2 · blocks · num_kv_heads · block_size, W]."""
         return self.kv.view(-1, self.kv.shape[-1])
 
     def of_kv(self, places: Tensor, which: int) -> Tensor:
@@ -94,22 +105,29 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         num_host_blocks: int = 0,
+        kv_format: KVFormat | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         pinned = device.type == "cuda" and num_host_blocks > 0
-        self.storage = Storage.empty(config, num_blocks, block_size, dtype, device=device)
-        self._host = Storage.empty(config, num_host_blocks, block_size, dtype, pin_memory=pinned)
+        self.storage = Storage.empty(config, num_blocks, block_size, dtype, kv_format, device=device)
+        self._host = Storage.empty(config, num_host_blocks, block_size, dtype, kv_format, pin_memory=pinned)
+        self.kv_format = kv_format
         here = self.storage
         self.layers = tuple(
-            LayerCache(here.kv[layer, 0], here.kv[layer, 1], here.mass[layer], here.output[layer])
+            LayerCache(here.kv[layer, 0], here.kv[layer, 1], here.mass[layer], here.output[layer], kv_format)
             for layer in range(config.num_layers)
         )
 
     @staticmethod
-    def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, kv_format: KVFormat | None = None) -> int:
         """Bytes of one block over all layers."""
-        return config.kv_values_per_token * block_size * dtype.itemsize
+        width, dtype = _row(config, dtype, kv_format)
+        return config.kv_rows_per_token * block_size * width * dtype.itemsize
+
+    def decoded(self, rows: Tensor) -> Tensor:
+        """Rows [..., W] as keys or values [..., head_dim]."""
+        return rows if self.kv_format is None else self.kv_format.decode(rows)
 
     def hidden_slots(self, block_tables: Tensor, selected: Tensor | None) -> Tensor | None:
         """How many first slots each KV head does not see of sequences that a policy ``selected`` for, [B] bool.
@@ -126,6 +144,22 @@ class KVCache:
             _move(device, host, transfers.out)
             _move(device, device, transfers.copies)
             _move(host, device, transfers.back)
+
+
+def pick_kv_format(name: str, config: ModelConfig, dtype: torch.dtype) -> KVFormat | None:
+    """The format of that name; None where that, or `auto`, is a model of this dtype as it is. Raises ConfigError."""
+    if name == "auto" or KV_FORMATS[name].dtype is dtype:
+        return None
+    try:
+        KV_FORMATS[name].row_width(config.head_dim)
+    except ValueError as error:
+        raise ConfigError(f"--kv-cache-dtype {name}: {error}, not {config.head_dim}") from None
+    return KV_FORMATS[name]
+
+
+def _row(config: ModelConfig, dtype: torch.dtype, kv_format: KVFormat | None) -> tuple[int, torch.dtype]:
+    """Elements of a row, and their dtype."""
+    return (config.head_dim, dtype) if kv_format is None else (kv_format.row_width(config.head_dim), kv_format.dtype)
 
 
 def _move(origin: Tensor, target: Tensor, moves: Sequence[Move]) -> None:

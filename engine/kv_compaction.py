@@ -17,20 +17,21 @@ def compact(cache: KVCache, compactions: Iterable[tuple[Compaction, KVPolicy]]) 
     """Let each sequence's policy select; one sequence after the other, since their targets are their own."""
     for compaction, selector in compactions:
         assert isinstance(selector, Selector), "only a selecting policy has a budget that asks for it"
-        _compact(cache.storage, compaction, selector)
+        _compact(cache, compaction, selector)
 
 
-def _compact(storage: Storage, compaction: Compaction, selector: Selector) -> None:
+def _compact(cache: KVCache, compaction: Compaction, selector: Selector) -> None:
     """Slots of which a score is −inf are not kept, even where there is room: a head that keeps fewer than the others
     has its survivors in the last of the slots, so that the next tokens' are the same for all, and hides the first ones.
     """
+    storage = cache.storage
     source = storage.places(compaction.source, compaction.num_slots)
     target = storage.places(compaction.target, compaction.num_kept)
     hidden = storage.hidden[:, compaction.source[0]]
     if compaction.num_dropped == 0:
         hidden = torch.zeros_like(hidden)
     slots = Slots(
-        kv=lambda which: storage.rows()[storage.of_kv(source, which)],
+        kv=lambda which: cache.decoded(storage.rows()[storage.of_kv(source, which)]),
         mass=storage.mass.view(-1)[source],
         positions=_positions(storage, source, compaction),
         output=storage.output[:, compaction.source[0]],

@@ -96,6 +96,7 @@ def assemble(config: EngineConfig, loaded: LoadedModel, observer: EngineObserver
             block_size=config.block_size,
             dtype=dtype,
             device=loaded.device,
+            kv_format=plan.kv_format,
         )
     except RuntimeError as error:  # torch's word for "out of memory"
         raise ConfigError(
@@ -155,7 +156,8 @@ def engine_info(config: EngineConfig, loaded: LoadedModel, plan: MemoryPlan) -> 
         weight_bytes=loaded.decoder.nbytes,
         num_blocks=plan.num_blocks,
         block_size=config.block_size,
-        kv_bytes=plan.num_blocks * KVCache.block_bytes(model, config.block_size, loaded.dtype),
+        kv_bytes=plan.num_blocks * KVCache.block_bytes(model, config.block_size, loaded.dtype, plan.kv_format),
+        kv_format=None if plan.kv_format is None else plan.kv_format.name,
         load_seconds=loaded.load_seconds,
         position_dependent_rotation=model.rope.rope_type == "dynamic",
         windows=model.windows,

@@ -7,9 +7,10 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.host import available_memory
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVCache, pick_kv_format
 from engine.kv_policies.fit import fitted
 from engine.models.config import ModelConfig
+from kernels.ops import KVFormat
 
 _SHARE_OF_FREE_CPU_MEMORY = 0.25
 _SHARE_OF_FREE_GPU_MEMORY = 0.9
@@ -17,11 +18,13 @@ _SHARE_OF_FREE_GPU_MEMORY = 0.9
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The KV cache's size, that of the host tier behind it, and the longest sequence that the engine accepts."""
+    """The KV cache's size and format, its host tier's size, and the longest sequence that the engine accepts."""
 
     num_blocks: int
     num_host_blocks: int
     max_model_len: int
+    kv_format: KVFormat | None = None
+    """Where it is not the model's dtype."""
 
 
 def plan_memory(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
@@ -32,7 +35,8 @@ def plan_memory(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, de
             "that the model was trained for"
         )
     wanted_len = config.max_model_len or model.max_position
-    block_bytes = KVCache.block_bytes(model, config.block_size, dtype)
+    kv_format = pick_kv_format(config.kv_cache_dtype, model, dtype)
+    block_bytes = KVCache.block_bytes(model, config.block_size, dtype, kv_format)
     if config.kv_cache_memory is not None:
         num_blocks = config.kv_cache_memory // block_bytes
     else:
@@ -49,7 +53,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, de
             f"--kv-cache-memory must be at least {-(-needed // 1024)}KiB"
         )
     max_model_len = wanted_len if capacity >= longest else capacity
-    return MemoryPlan(num_blocks, _host_blocks(config, block_bytes), max_model_len)
+    return MemoryPlan(num_blocks, _host_blocks(config, block_bytes), max_model_len, kv_format)
 
 
 def held_slots(config: EngineConfig, model: ModelConfig, length: int) -> int:

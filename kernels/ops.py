@@ -6,6 +6,9 @@ unless `load` was called before.
 
 Letters in shapes: T query tokens of the flattened batch, B sequences, Hq and Hkv query and KV heads, D head dimension,
 S slots per cache block, M columns of the block tables, R rotated dimensions.
+
+Where an operation takes a `kv_format`, its caches hold rows of that format, [blocks, Hkv, S, W]; without one, values of
+the queries' dtype, W = D. Rows are decoded in float32, and may be rounded to the queries' dtype.
 """
 
 import torch
@@ -16,6 +19,8 @@ from kernels.cpu import dense
 from kernels.cpu.dense import LinearWeight
 from kernels.cpu.library import load, native
 from kernels.cpu.native import DTYPES, NativeOps
+from kernels.kv_format import FORMATS as KV_FORMATS
+from kernels.kv_format import KVFormat
 from kernels.pruning import Pruning
 from kernels.reference.attention_mass import attention_mass as reference_attention_mass
 from kernels.reference.kv_write import kv_write as reference_kv_write
@@ -27,7 +32,9 @@ from kernels.reference.silu_and_mul import silu_and_mul as reference_silu_and_mu
 from kernels.sinks import Sinks
 
 __all__ = [
+    "KV_FORMATS",
     "Counted",
+    "KVFormat",
     "Pruning",
     "Sinks",
     "attention_mass",
@@ -67,16 +74,17 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     return reference_rotary_embedding(q, k, cos, sin)
 
 
-def kv_write(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+def kv_write(
+    k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, kv_format: KVFormat | None = None
+) -> None:
     """Write token t's key and value heads to cache slot `slots[t]`.
 
-    k and v [T, Hkv, D] may be strided views, with unit stride in D; caches are contiguous [blocks, Hkv, S, D] of their
-    dtype; slots int64 [T] = block·S + offset, and negative means: write nowhere. Raises IndexError for a slot past the
-    end.
+    k and v [T, Hkv, D] may be strided views, with unit stride in D; caches are contiguous [blocks, Hkv, S, W]; slots
+    int64 [T] = block·S + offset, and negative means: write nowhere. Raises IndexError for a slot past the end.
     """
     if (ops := _native_for(k)) is not None:
-        return ops.kv_write(k, v, key_cache, value_cache, slots)
-    return reference_kv_write(k, v, key_cache, value_cache, slots)
+        return ops.kv_write(k, v, key_cache, value_cache, slots, kv_format)
+    return reference_kv_write(k, v, key_cache, value_cache, slots, kv_format)
 
 
 def paged_attention(
@@ -90,10 +98,11 @@ def paged_attention(
     window: int | None = None,
     sinks: Sinks | None = None,
     hidden: Tensor | None = None,
+    kv_format: KVFormat | None = None,
 ) -> Tensor:
     """Causal attention of variable-length queries over the paged cache, in which this step's keys already lie.
 
-    q [T, Hq, D] may be a strided view, with unit stride in D; caches are contiguous [blocks, Hkv, S, D] of its dtype.
+    q [T, Hq, D] may be a strided view, with unit stride in D; caches are contiguous [blocks, Hkv, S, W].
     int32: block_tables [B, M], of which entries that a sequence does not need may hold anything; query_start [B + 1],
     where each sequence's rows of q begin, and there may be none; seq_lens [B], its keys, this step's included. Query i
     of sequence b stands at position p = seq_lens[b] - (query_start[b+1] - query_start[b]) + i and sees key j if j ≤ p
@@ -106,10 +115,10 @@ def paged_attention(
     """
     if (ops := _native_for(q)) is not None:
         return ops.paged_attention(
-            q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks, hidden
+            q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks, hidden, kv_format
         )
     return reference_paged_attention(
-        q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks, hidden
+        q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks, hidden, kv_format
     )
 
 
@@ -123,6 +132,7 @@ def attention_mass(
     mass: Tensor,
     counted: Counted,
     hidden: Tensor | None = None,
+    kv_format: KVFormat | None = None,
 ) -> None:
     """Count the attention that each slot gets from this step's queries.
 
@@ -131,8 +141,12 @@ def attention_mass(
     that count and over the query heads that read h, on top of what is kept; see `Counted`.
     """
     if (ops := _native_for(q)) is not None:
-        return ops.attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted, hidden)
-    return reference_attention_mass(q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted, hidden)
+        return ops.attention_mass(
+            q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted, hidden, kv_format
+        )
+    return reference_attention_mass(
+        q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted, hidden, kv_format
+    )
 
 
 def pruned_attention(
@@ -145,6 +159,7 @@ def pruned_attention(
     hidden: Tensor | None,
     pruning: Pruning,
     first_output: int,
+    kv_format: KVFormat | None = None,
 ) -> Tensor:
     """One sequence's `paged_attention` with SpAtten's pruning; the same without, but for rounding, if there is none.
 
@@ -154,7 +169,7 @@ def pruned_attention(
     computes what SpAtten's hardware would, but takes no less time than attention without pruning.
     """
     return reference_pruned_attention(
-        q, key_cache, value_cache, block_table, seq_len, scale, hidden, pruning, first_output
+        q, key_cache, value_cache, block_table, seq_len, scale, hidden, pruning, first_output, kv_format
     )
 
 

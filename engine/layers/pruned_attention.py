@@ -28,6 +28,7 @@ def prune(
                 None if hidden is None else hidden[one.index],
                 one.pruning,
                 one.first_output - rows.start,
+                cache.kv_format,
             )
         given = attended[rows].float().abs().unflatten(1, (num_kv_heads, -1)).sum((0, 2, 3))
         first_block = batch.block_tables[one.index, 0]

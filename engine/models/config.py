@@ -49,9 +49,9 @@ class ModelConfig:
     """RMS norm of each query and key head before the rotation (Qwen3)."""
 
     @property
-    def kv_values_per_token(self) -> int:
-        """Numbers in the KV cache for one token over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+    def kv_rows_per_token(self) -> int:
+        """Keys and values, each of one head, in the KV cache for one token over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads
 
 
 class Fields:

@@ -60,7 +60,7 @@ class Attention:
             sink_query = query.clone()
             ops.rotary_embedding(sink_query, key[:, :0], *rotations.at_sinks)
         ops.rotary_embedding(query, key, *rotations.plain)
-        ops.kv_write(key, value, cache.key, cache.value, batch.slots)
+        ops.kv_write(key, value, cache.key, cache.value, batch.slots, cache.kv_format)
         attended = ops.paged_attention(
             query,
             cache.key,
@@ -72,6 +72,7 @@ class Attention:
             self.window,
             None if batch.limits is None else ops.Sinks(batch.limits.windows, batch.limits.sinks, sink_query),
             hidden,
+            cache.kv_format,
         )
         if batch.counted is not None:
             ops.attention_mass(
@@ -84,6 +85,7 @@ class Attention:
                 cache.mass,
                 batch.counted,
                 hidden,
+                cache.kv_format,
             )
         if batch.pruned:
             prune(attended, query, batch, cache, self.head_dim**-0.5, hidden)

@@ -15,25 +15,25 @@ constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kNothing = std::numeric_limits<float>::lowest();  // the maximum of no scores
 
 // Where a tile's keys and values lie in the cache.
-template <class T>
 struct KeyRows {
-    const T* rows[2 * kKeys];
-    const T** keys() { return rows; }
-    const T** values() { return rows + kKeys; }
+    Row rows[2 * kKeys];
+    Row* keys() { return rows; }
+    Row* values() { return rows + kKeys; }
 };
 
 // Points at an item's keys and values from position `begin` on, or at zeros past the item's end: a slot outside its range
-// may hold anything, NaN too, and NaN times a probability of zero is NaN. False if the table names no existing block.
+// may hold anything, NaN too, and NaN times a probability of zero is NaN. Bytes of zero are zeros in every format. False
+// if the table names no existing block.
 template <class T>
-bool find_rows(const Call<T>& call, const Item& item, int64_t begin, const T* zeros, KeyRows<T>& rows) {
+bool find_rows(const Call<T>& call, const Item& item, int64_t begin, Row zeros, KeyRows& rows) {
     const int32_t* table = call.block_tables + item.tile->sequence * call.table_stride;
-    const int64_t block_elements = call.block_size * call.dims;
+    const int64_t block_bytes = call.block_size * call.row_bytes;
     const int count = static_cast<int>(std::clamp<int64_t>(item.key_end - begin, 0, kKeys));
     int64_t index = begin / call.block_size, slot = begin % call.block_size;
     for (int key = 0; key < count; ++index, slot = 0) {
         if (index >= call.table_blocks || table[index] < 0 || table[index] >= call.num_blocks) return false;
-        int64_t at = (table[index] * call.kv_heads + item.tile->head) * block_elements + slot * call.dims;
-        for (; key < count && slot < call.block_size; ++key, ++slot, at += call.dims) {
+        int64_t at = (table[index] * call.kv_heads + item.tile->head) * block_bytes + slot * call.row_bytes;
+        for (; key < count && slot < call.block_size; ++key, ++slot, at += call.row_bytes) {
             rows.keys()[key] = call.key_cache + at;
             rows.values()[key] = call.value_cache + at;
         }
@@ -42,24 +42,47 @@ bool find_rows(const Call<T>& call, const Item& item, int64_t begin, const T* ze
     return true;
 }
 
+// A tile's packed keys and values.
+template <class Math>
+struct PackedTile {
+    std::vector<typename Math::Factor> keys, values;
+    DecodedRows<Math, kKeys> decoded;
+
+    void reserve(int64_t padded) {
+        if (static_cast<int64_t>(keys.size()) < kKeys * padded) keys.resize(kKeys * padded), values.resize(kKeys * padded);
+    }
+
+    void pack_keys_of(KVFormat format, const Row* rows, int count, int dims, int padded) {
+        if (format == kAsQueries) return pack_keys<Math>(keys.data(), rows, count, dims, padded);
+        rows = decoded.of(format, rows, count, dims, padded);
+        pack_keys<typename Math::Decoded>(keys.data(), rows, count, dims, padded);
+    }
+
+    void pack_values_of(KVFormat format, const Row* rows, int count, int dims, int padded) {
+        if (format == kAsQueries) return pack_values<Math>(values.data(), rows, count, dims, padded);
+        rows = decoded.of(format, rows, count, dims, padded);
+        pack_values<typename Math::Decoded>(values.data(), rows, count, dims, padded);
+    }
+};
+
 // Memory of one thread, kept between calls so that decoding allocates nothing.
 template <class Math>
 struct Scratch {
-    std::vector<typename Math::Factor> queries, keys, values;
-    std::vector<typename Math::Stored> zeros;
+    std::vector<typename Math::Factor> queries;
+    PackedTile<Math> packed;
+    std::vector<uint8_t> zeros;
     std::vector<float> sums;    // [rows, padded dims]: probabilities times values, not yet normalised
     std::vector<float> maxima;  // [rows]: of the scores so far, times log2(e)
     std::vector<float> totals;  // [rows, kLanes]: of the probabilities so far, lane by lane
     float scores[kRows][kKeys];
     typename Math::Factor probabilities[kRows][kKeys];
-    KeyRows<typename Math::Stored> key_rows[2];  // of the present 64 keys and of the next
+    KeyRows key_rows[2];  // of the present 64 keys and of the next
 
-    static Scratch& of_this_thread(int64_t rows, int64_t padded) {
+    static Scratch& of_this_thread(int64_t rows, int64_t padded, int64_t row_bytes) {
         thread_local Scratch scratch;
+        scratch.packed.reserve(padded);
         grow(scratch.queries, rows * padded);
-        grow(scratch.keys, kKeys * padded);
-        grow(scratch.values, kKeys * padded);
-        grow(scratch.zeros, padded);
+        grow(scratch.zeros, row_bytes);
         grow(scratch.sums, rows * padded);
         grow(scratch.maxima, rows);
         grow(scratch.totals, rows * kLanes);
@@ -82,14 +105,14 @@ class Attention {
     Attention(const Call<T>& call, const Item& item)
         : call_(call), item_(item), tile_(*item.tile), group_(call.group()), padded_(call.padded_dims()),
           rows_(call.rows(tile_)), scale_(static_cast<float>(call.scale) * kLog2E),
-          scratch_(Scratch<Math>::of_this_thread(rows_, padded_)) {}
+          scratch_(Scratch<Math>::of_this_thread(rows_, padded_, call.row_bytes)) {}
 
     // False if the block table names a block that does not exist. `successor` is probably this thread's next item: its
     // first keys are fetched meanwhile.
     bool run(const Item& successor) {
         start();
-        const T* zeros = scratch_.zeros.data();
-        KeyRows<T>*present = &scratch_.key_rows[0], *next = &scratch_.key_rows[1];
+        Row zeros = scratch_.zeros.data();
+        KeyRows *present = &scratch_.key_rows[0], *next = &scratch_.key_rows[1];
         if (!find_rows(call_, item_, item_.key_begin, zeros, *present)) return false;
         for (int64_t begin = item_.key_begin; begin < item_.key_end; begin += kKeys, std::swap(present, next)) {
             const int64_t end = begin + kKeys;
@@ -97,9 +120,9 @@ class Attention {
                                                    : find_rows(call_, successor, successor.key_begin, zeros, *next);
             if (!found) return false;
             const int keys = static_cast<int>(round_up(std::min(end, item_.key_end) - begin, kGranule));
-            pack_keys<Math>(scratch_.keys.data(), present->keys(), keys, call_.dims, padded_);
-            pack_values<Math>(scratch_.values.data(), present->values(), keys, call_.dims, padded_);
-            Fetcher<T> fetcher{next->rows, next->rows + 2 * kKeys, call_.dims * static_cast<int64_t>(sizeof(T))};
+            scratch_.packed.pack_keys_of(call_.format, present->keys(), keys, call_.dims, padded_);
+            scratch_.packed.pack_values_of(call_.format, present->values(), keys, call_.dims, padded_);
+            Fetcher fetcher{next->rows, next->rows + 2 * kKeys, call_.row_bytes};
             for (int64_t row = 0; row < rows_; row += kRows)
                 attend(row, static_cast<int>(std::min<int64_t>(kRows, rows_ - row)), begin, keys, fetcher);
         }
@@ -127,17 +150,17 @@ class Attention {
     }
 
     // Folds the `keys` packed keys from position `begin` on into at most kRows rows.
-    void attend(int64_t row, int rows, int64_t begin, int keys, Fetcher<T>& fetcher) {
+    void attend(int64_t row, int rows, int64_t begin, int keys, Fetcher& fetcher) {
         const int64_t first = call_.position(tile_.sequence, token_of(row));
         const int64_t last = call_.position(tile_.sequence, token_of(row + rows - 1));
         if (last < begin || first_visible(first) >= begin + kKeys) return;  // all hidden
         const int dims = static_cast<int>(padded_);
         const typename Math::Factor* queries = scratch_.queries.data() + row * dims;
         float *scores = scratch_.scores[0], *sums = scratch_.sums.data() + row * dims;
-        multiply<Math, false>({queries, dims, scratch_.keys.data(), kKeys, keys, dims, scores, kKeys}, rows, fetcher);
+        multiply<Math, false>({queries, dims, scratch_.packed.keys.data(), kKeys, keys, dims, scores, kKeys}, rows, fetcher);
         for (int r = 0; r < rows; ++r) soften(row + r, r, begin);
         const typename Math::Factor* weights = scratch_.probabilities[0];
-        multiply<Math, true>({weights, kKeys, scratch_.values.data(), dims, dims, keys, sums, dims}, rows, fetcher);
+        multiply<Math, true>({weights, kKeys, scratch_.packed.values.data(), dims, dims, keys, sums, dims}, rows, fetcher);
     }
 
     // Turns row r of the scores into probabilities relative to the row's maximum so far; rescales its sums if that rose.

@@ -13,7 +13,7 @@ template <class T>
 struct MassCall {
     const T* q;
     int64_t q_token_stride, q_head_stride;
-    const T* key_cache;
+    Row key_cache;
     const int32_t* block_tables;
     int64_t table_stride;
     const int32_t *query_start, *seq_lens;
@@ -23,12 +23,15 @@ struct MassCall {
     int64_t sequences, q_heads, kv_heads, dims, block_size, num_blocks, table_blocks;
     double scale;
     const int32_t* hidden;
+    KVFormat format;
+    int64_t row_bytes;  // of the cache
 
     Call<T> attention() const {
         return {q,       q_token_stride, q_head_stride, key_cache, key_cache,  block_tables, table_stride, query_start,
                 seq_lens, nullptr,       sequences,     q_heads,   kv_heads,   dims,         block_size,   num_blocks,
                 table_blocks, scale,     0,             nullptr,   nullptr,    nullptr,      0,            0,
-                hidden};
+                hidden,
+                format,   row_bytes};
     }
 };
 
@@ -40,8 +43,10 @@ class Mass {
   public:
     Mass(const MassCall<T>& call, int64_t sequence, int64_t head)
         : call_(call), attention_(call.attention()), sequence_(sequence), head_(head), padded_(attention_.padded_dims()),
-          length_(call.seq_lens[sequence]), hidden_(std::min(attention_.num_hidden(sequence, head), length_)), stride_(round_up(length_, kKeys)), zeros_(padded_),
-          keys_(kKeys * padded_), sums_(stride_) {}
+          length_(call.seq_lens[sequence]), hidden_(std::min(attention_.num_hidden(sequence, head), length_)),
+          stride_(round_up(length_, kKeys)), zeros_(call.row_bytes), sums_(stride_) {
+        packed_.reserve(padded_);
+    }
 
     // False if the block table names a block that does not exist.
     bool run() {
@@ -78,14 +83,14 @@ class Mass {
     }
 
     bool score_keys(const Item& item, int64_t begin, int64_t rows) {
-        KeyRows<T> key_rows;
+        KeyRows key_rows;
         if (!find_rows(attention_, item, begin, zeros_.data(), key_rows)) return false;
         const int keys = static_cast<int>(round_up(std::min<int64_t>(kKeys, item.key_end - begin), kGranule));
         const int dims = static_cast<int>(padded_);
-        pack_keys<Math>(keys_.data(), key_rows.keys(), keys, call_.dims, padded_);
-        Fetcher<T> nothing{nullptr, nullptr, 0};
+        packed_.pack_keys_of(call_.format, key_rows.keys(), keys, call_.dims, padded_);
+        Fetcher nothing{nullptr, nullptr, 0};
         for (int64_t row = 0; row < rows; row += kRows)
-            multiply<Math, false>({queries_.data() + row * padded_, dims, keys_.data(), kKeys, keys, dims,
+            multiply<Math, false>({queries_.data() + row * padded_, dims, packed_.keys.data(), kKeys, keys, dims,
                                    scores_.data() + row * stride_ + begin, static_cast<int>(stride_)},
                                   static_cast<int>(std::min<int64_t>(kRows, rows - row)), nothing);
         return true;
@@ -107,8 +112,9 @@ class Mass {
     const MassCall<T>& call_;
     const Call<T> attention_;
     const int64_t sequence_, head_, padded_, length_, hidden_, stride_;
-    std::vector<T> zeros_;
-    std::vector<typename Math::Factor> queries_, keys_;
+    std::vector<uint8_t> zeros_;
+    std::vector<typename Math::Factor> queries_;
+    PackedTile<Math> packed_;
     std::vector<float> scores_, sums_;
 };
 

@@ -5,7 +5,7 @@
 // [depth / kPack][columns][kPack], so that one vector holds kPack summands for each of kLanes columns.
 #pragma once
 
-#include "simd.h"
+#include "kv_rows.h"
 
 constexpr int kKeys = 64;       // keys at a time: columns of the scores, depth of the weighted sum of values
 constexpr int kCacheLine = 64;  // bytes
@@ -50,6 +50,7 @@ struct FloatMath {
     using Stored = T;      // as in the cache
     using Factor = float;  // as multiplied
     using Vector = Floats;
+    using Decoded = FloatMath<float>;  // packs rows that were decoded to factors
     static constexpr int kPack = 1;
 
     static Vector load_right(const Factor* from) { return load(from); }
@@ -58,11 +59,12 @@ struct FloatMath {
 
     static Floats load_units(const Stored* from, int count) { return load(from, count); }
     static void store_factors(Factor* to, Floats vector) { store(to, vector); }
+    static void store_factors(Factor* to, Floats low, Floats high) { store(to, low), store(to + kLanes, high); }
     static void copy_row(Factor* to, const Stored* from, int dims, int padded) {
         for (int d = 0; d < padded; d += kLanes) store(to + d, tail(from, d, dims));
     }
-    static void pack_value_rows(Factor* to, const Stored* const* row, int dims, int padded) {
-        copy_row(to, *row, dims, padded);
+    static void pack_value_rows(Factor* to, const Row* row, int dims, int padded) {
+        copy_row(to, reinterpret_cast<const Stored*>(*row), dims, padded);
     }
 
   private:
@@ -77,6 +79,7 @@ struct PairMath {
     using Stored = BFloat16;
     using Factor = BFloat16;
     using Vector = __m512bh;
+    using Decoded = PairMath;
     static constexpr int kPack = 2;
 
     static Vector load_right(const Factor* from) { return (Vector)_mm512_loadu_si512(from); }
@@ -94,13 +97,17 @@ struct PairMath {
     static void store_factors(Factor* to, Floats vector) {
         _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(vector));
     }
+    static void store_factors(Factor* to, Floats low, Floats high) {
+        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
     static void copy_row(Factor* to, const Stored* from, int dims, int padded) {
         for (int d = 0; d < padded; d += 32) _mm512_storeu_si512(to + d, load_32(from, d, dims));
     }
-    static void pack_value_rows(Factor* to, const Stored* const* row, int dims, int padded) {
+    static void pack_value_rows(Factor* to, const Row* row, int dims, int padded) {
         typedef uint16_t Words __attribute__((vector_size(64)));
+        const auto *first = reinterpret_cast<const Stored*>(row[0]), *second = reinterpret_cast<const Stored*>(row[1]);
         for (int d = 0; d < padded; d += 32) {
-            const Words even = (Words)load_32(row[0], d, dims), odd = (Words)load_32(row[1], d, dims);
+            const Words even = (Words)load_32(first, d, dims), odd = (Words)load_32(second, d, dims);
             Words low, high;
             interleave<Words, uint16_t, 32>(even, odd, low, high);
             _mm512_storeu_si512(to + 2 * d, (__m512i)low);
@@ -122,28 +129,29 @@ using Bf16Math = FloatMath<BFloat16>;
 
 // Fetches rows into the cache little by little, while something else is computed: memory then works all the time, and the
 // hardware's prefetchers do not see from one cache block to the next.
-template <class T>
 struct Fetcher {
-    const T* const* next;
-    const T* const* end;
+    const Row* next;
+    const Row* end;
     int64_t row_bytes;
 
     void fetch_some() {
         for (int i = 0; i < 2 && next < end; ++i, ++next)
             for (int64_t byte = 0; byte < row_bytes; byte += kCacheLine)
-                __builtin_prefetch(reinterpret_cast<const char*>(*next) + byte, 0, 2);
+                __builtin_prefetch(*next + byte, 0, 2);
     }
 };
 
 // Packs `keys` rows, a multiple of kGranule, of `dims` elements, transposed, into the right matrix [padded dims, kKeys].
 template <class Math>
-void pack_keys(typename Math::Factor* to, const typename Math::Stored* const* rows, int keys, int dims, int padded) {
+void pack_keys(typename Math::Factor* to, const Row* rows, int keys, int dims, int padded) {
+    using Stored = typename Math::Stored;
     constexpr int kStep = kLanes * Math::kPack;  // elements of a row that fill a vector of units
     for (int key = 0; key < keys; key += kLanes)
         for (int d = 0; d < padded; d += kStep) {
             const int left = dims - d, units = left >= kStep ? kLanes : left > 0 ? left / Math::kPack : 0;
             Floats square[kLanes];
-            for (int i = 0; i < kLanes; ++i) square[i] = units ? Math::load_units(rows[key + i] + d, units) : Floats{};
+            for (int i = 0; i < kLanes; ++i)
+                square[i] = units ? Math::load_units(reinterpret_cast<const Stored*>(rows[key + i]) + d, units) : Floats{};
             transpose(square);
             for (int i = 0; i < kLanes; ++i)
                 std::memcpy(to + (d * kKeys) + (i * kKeys + key) * Math::kPack, &square[i], sizeof(Floats));
@@ -152,7 +160,7 @@ void pack_keys(typename Math::Factor* to, const typename Math::Stored* const* ro
 
 // Packs `keys` rows of `dims` elements into the right matrix [keys, padded dims].
 template <class Math>
-void pack_values(typename Math::Factor* to, const typename Math::Stored* const* rows, int keys, int dims, int padded) {
+void pack_values(typename Math::Factor* to, const Row* rows, int keys, int dims, int padded) {
     for (int key = 0; key < keys; key += Math::kPack) Math::pack_value_rows(to + key * padded, rows + key, dims, padded);
 }
 
@@ -169,7 +177,7 @@ struct Product {
 
 // One register block of a product: R rows and N vectors of columns, from `column` on.
 template <class Math, bool kAdd, int R, int N>
-inline void multiply_block(const Product<Math>& p, int column, Fetcher<typename Math::Stored>& fetcher) {
+inline void multiply_block(const Product<Math>& p, int column, Fetcher& fetcher) {
     Floats sums[R][N];  // kept in registers only if every loop over it is unrolled
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
@@ -197,7 +205,7 @@ inline void multiply_block(const Product<Math>& p, int column, Fetcher<typename 
 
 // The product of at most kRows rows; the number of columns is a multiple of kGranule.
 template <class Math, bool kAdd, int R = kRows>
-inline void multiply(const Product<Math>& p, int rows, Fetcher<typename Math::Stored>& fetcher) {
+inline void multiply(const Product<Math>& p, int rows, Fetcher& fetcher) {
     if constexpr (R > 1)
         if (rows < R) return multiply<Math, kAdd, R - 1>(p, rows, fetcher);
     int column = 0;

@@ -42,7 +42,7 @@ template <class T>
 struct Call {
     const T* q;
     int64_t q_token_stride, q_head_stride;
-    const T *key_cache, *value_cache;
+    Row key_cache, value_cache;
     const int32_t* block_tables;
     int64_t table_stride;
     const int32_t *query_start, *seq_lens;
@@ -54,6 +54,8 @@ struct Call {
     const T* sink_q;
     int64_t sink_q_token_stride, sink_q_head_stride;
     const int32_t* hidden;  // [sequences, kv_heads] first slots that nobody sees, or null
+    KVFormat format;
+    int64_t row_bytes;  // of the caches
 
     int64_t group() const { return q_heads / kv_heads; }
     int64_t padded_dims() const { return round_up(dims, kGranule); }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.counted import Counted
+from kernels.kv_format import KVFormat
 from kernels.sinks import Sinks
 
 DTYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -22,9 +23,9 @@ DTYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # The fields of each Arguments struct in the .cpp files: q for pointers and integers, d for doubles.
 _RMS_NORM: Final = struct.Struct("3q 3q 2q 3q d")
 _ROTARY_EMBEDDING: Final = struct.Struct("4q 4q 2q 2q 2q")
-_KV_WRITE: Final = struct.Struct("3q 3q 2q q 5q")
-_PAGED_ATTENTION: Final = struct.Struct("3q 2q 2q 2q q 7q d q 5q q")
-_ATTENTION_MASS: Final = struct.Struct("3q q 2q 2q 3q 7q d q")
+_KV_WRITE: Final = struct.Struct("3q 3q 2q q 6q q")
+_PAGED_ATTENTION: Final = struct.Struct("3q 2q 2q 2q q 7q d q 5q q 2q")
+_ATTENTION_MASS: Final = struct.Struct("3q q 2q 2q 3q 7q d q 2q")
 _SILU_AND_MUL: Final = struct.Struct("2q q 2q")
 _LINEAR: Final = struct.Struct("2q 3q 3q")
 _PACK_LINEAR: Final = struct.Struct("2q 2q")
@@ -32,6 +33,9 @@ _PACK_LINEAR: Final = struct.Struct("2q 2q")
 Function = Callable[[bytes], int]
 
 _NO_SINKS: Final = 0, 0, 0, 0, 0
+
+_KV_FORMATS: Final = {"bf16": 1, "fp16": 2, "fp8": 3, "int8": 4, "int4": 5}
+"""The numbers of the formats in `kv_rows.h`; 0 is the queries' dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class NativeOps:
         self._paged_attention = _bind_each(library, "octavo_paged_attention")
         self._attention_mass = _bind_each(library, "octavo_attention_mass")
         self._kv_write = _bind(library, "octavo_kv_write")
+        self._kv_encode = _bind_each(library, "octavo_kv_encode")
         self.has_linear = hasattr(library, "octavo_linear_bf16")
         """Whether the CPU multiplies pairs of bfloat16, so that the two functions below exist."""
         if self.has_linear:
@@ -103,23 +108,32 @@ class NativeOps:
             )
         )  # fmt: skip
 
-    def kv_write(self, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    def kv_write(
+        self,
+        k: Tensor,
+        v: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots: Tensor,
+        kv_format: KVFormat | None = None,
+    ) -> None:
         tokens, heads, dims = shape = k.shape
-        blocks, cache_heads, block_size, cache_dims = key_cache.shape
+        blocks, cache_heads, block_size, cache_width = key_cache.shape
         k_token, k_head, k_step = k.stride()
         v_token, v_head, v_step = v.stride()
         if not (k_step == v_step == 1 and slots.stride() == (1,) and _are_contiguous(key_cache, value_cache)):
             raise ValueError("kv_write: caches and slots must be contiguous, k and v have unit stride in D")
-        if not (k.dtype is v.dtype is key_cache.dtype is value_cache.dtype and slots.dtype is torch.int64):
-            raise ValueError("kv_write: k, v and the caches must share a dtype, slots be int64")
-        if not (v.shape == shape and slots.shape[0] == tokens and (heads, dims) == (cache_heads, cache_dims)):
+        stored, width, number = _stored(k.dtype, dims, kv_format)
+        if not (k.dtype is v.dtype and stored is key_cache.dtype is value_cache.dtype and slots.dtype is torch.int64):
+            raise ValueError(f"kv_write: k and v must share a dtype, the caches be {stored}, slots int64")
+        if not (v.shape == shape and slots.shape[0] == tokens and (heads, width) == (cache_heads, cache_width)):
             raise ValueError(f"kv_write: shapes {shape}, {v.shape}, {key_cache.shape}, {slots.shape} do not fit")
         size = k.itemsize
-        outside = self._kv_write(
+        outside = (self._kv_encode[k.dtype] if number else self._kv_write)(
             _KV_WRITE.pack(
                 k.data_ptr(), k_token * size, k_head * size, v.data_ptr(), v_token * size, v_head * size,
                 key_cache.data_ptr(), value_cache.data_ptr(), slots.data_ptr(),
-                tokens, heads, dims * size, block_size, blocks,
+                tokens, heads, dims, width * stored.itemsize, block_size, blocks, number,
             )
         )  # fmt: skip
         if outside:
@@ -137,21 +151,25 @@ class NativeOps:
         window: int | None,
         sinks: Sinks | None = None,
         hidden: Tensor | None = None,
+        kv_format: KVFormat | None = None,
     ) -> Tensor:
         _, q_heads, dims = shape = q.shape
-        blocks, kv_heads, block_size, cache_dims = key_cache.shape
+        blocks, kv_heads, block_size, cache_width = key_cache.shape
         sequences, table_blocks = block_tables.shape
         q_token, q_head, q_step = q.stride()
         table_stride, table_step = block_tables.stride()
         dtype = q.dtype
+        stored, width, number = _stored(dtype, dims, kv_format)
         if not (q_step == table_step == 1 and _are_contiguous(key_cache, value_cache)):
             raise ValueError("paged_attention: caches must be contiguous, q have unit stride in D, tables in M")
-        if not (dtype is key_cache.dtype is value_cache.dtype):
-            raise ValueError(f"paged_attention: q is {dtype}, the caches {key_cache.dtype} and {value_cache.dtype}")
+        if not (stored is key_cache.dtype is value_cache.dtype):
+            raise ValueError(
+                f"paged_attention: q is {dtype}, the caches {key_cache.dtype} and {value_cache.dtype}, not {stored}"
+            )
         if not (block_tables.dtype is query_start.dtype is seq_lens.dtype is torch.int32):
             raise ValueError("paged_attention: block_tables, query_start and seq_lens must be int32")
         if not (
-            dims == cache_dims and q_heads % kv_heads == 0 and value_cache.shape == key_cache.shape
+            width == cache_width and q_heads % kv_heads == 0 and value_cache.shape == key_cache.shape
             and query_start.shape[0] == sequences + 1 and seq_lens.shape[0] == sequences
         ):  # fmt: skip
             raise ValueError(
@@ -166,6 +184,7 @@ class NativeOps:
                 sequences, q_heads, kv_heads, dims, block_size, blocks, table_blocks, scale, window or 0,
                 *(_NO_SINKS if sinks is None else _sinks(sinks, q, sequences)),
                 0 if hidden is None else _per_head(hidden, sequences, kv_heads),
+                number, width * stored.itemsize,
             )
         )  # fmt: skip
         if not sound:
@@ -185,20 +204,22 @@ class NativeOps:
         mass: Tensor,
         counted: Counted,
         hidden: Tensor | None = None,
+        kv_format: KVFormat | None = None,
     ) -> None:
         _, q_heads, dims = q.shape
-        blocks, kv_heads, block_size, cache_dims = key_cache.shape
+        blocks, kv_heads, block_size, cache_width = key_cache.shape
         sequences, table_blocks = block_tables.shape
         q_token, q_head, q_step = q.stride()
         table_stride, table_step = block_tables.stride()
         if not (q_step == table_step == 1 and _are_contiguous(key_cache, mass, *counted)):
             raise ValueError("attention_mass: cache, mass and counts must be contiguous, q have unit stride in D")
-        if not (q.dtype is key_cache.dtype and mass.dtype is torch.float32):
-            raise ValueError("attention_mass: q and the cache must share a dtype, mass be float32")
+        stored, width, number = _stored(q.dtype, dims, kv_format)
+        if not (stored is key_cache.dtype and mass.dtype is torch.float32):
+            raise ValueError(f"attention_mass: the cache must be {stored}, mass float32")
         if not all(x.dtype is torch.int32 for x in (block_tables, query_start, seq_lens, *counted)):
             raise ValueError("attention_mass: block_tables, query_start, seq_lens and counts must be int32")
         if not (
-            dims == cache_dims and q_heads % kv_heads == 0 and mass.shape == key_cache.shape[:3]
+            width == cache_width and q_heads % kv_heads == 0 and mass.shape == key_cache.shape[:3]
             and query_start.shape[0] == sequences + 1
             and all(x.shape == (sequences,) for x in (seq_lens, *counted))
         ):  # fmt: skip
@@ -213,6 +234,7 @@ class NativeOps:
                 counted.first.data_ptr(), counted.kept.data_ptr(),
                 sequences, q_heads, kv_heads, dims, block_size, blocks, table_blocks, scale,
                 0 if hidden is None else _per_head(hidden, sequences, kv_heads),
+                number, width * stored.itemsize,
             )
         )  # fmt: skip
         if not sound:
@@ -266,6 +288,13 @@ def _bind(library: ctypes.CDLL, name: str) -> Function:
 
 def _bind_each(library: ctypes.CDLL, name: str) -> dict[torch.dtype, Function]:
     return {dtype: _bind(library, f"{name}_{suffix}") for dtype, suffix in DTYPES.items()}
+
+
+def _stored(dtype: torch.dtype, dims: int, kv_format: KVFormat | None) -> tuple[torch.dtype, int, int]:
+    """What cache rows are made of, how many of it, and the format's number, beside queries of a dtype."""
+    if kv_format is None or kv_format.dtype is dtype:
+        return dtype, dims, 0
+    return kv_format.dtype, kv_format.row_width(dims), _KV_FORMATS[kv_format.name]
 
 
 def _sinks(sinks: Sinks, q: Tensor, sequences: int) -> tuple[int, int, int, int, int]:

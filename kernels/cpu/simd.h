@@ -1,4 +1,4 @@
-// Portable SIMD: one native vector of floats, how to load and store it as float32 or bfloat16, and exp2.
+// Portable SIMD: one native vector of floats, how to load and store it as float32, bfloat16 or float16, and exp2.
 //
 // GCC's vector extension rather than intrinsics: the same source becomes AVX-512, AVX2, SSE or NEON code, whichever
 // -march=native names.
@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -27,6 +27,11 @@ typedef uint16_t HalfBits __attribute__((vector_size(kLanes * sizeof(uint16_t)))
 
 // The upper half of a float32.
 struct BFloat16 {
+    uint16_t bits;
+};
+
+// IEEE 754's binary16.
+struct Float16 {
     uint16_t bits;
 };
 
@@ -52,6 +57,56 @@ inline void store(BFloat16* to, Floats vector) {
     const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Bits is_nan = (Bits)(vector != vector);
     const HalfBits halves = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), HalfBits);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+inline Floats widen(HalfBits halves) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps((__m256i)halves);
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps((__m128i)halves);
+#else
+    const Bits bits = __builtin_convertvector(halves, Bits), rest = (bits & 0x7fff) << 13;
+    const Bits special = (Bits)(rest >= 0x0f800000u), tiny = (Bits)(rest < 0x00800000u);
+    // A larger bias; an infinity's exponent; and for subnormals 2^-14 + themselves, less 2^-14.
+    const Bits moved = rest + (112u << 23) + (special & (112u << 23)) + (tiny & (1u << 23));
+    const Floats value = (Floats)(tiny & (Bits)((Floats)moved - 0x1p-14f)) + (Floats)(~tiny & moved);
+    return (Floats)((Bits)value | (bits & 0x8000) << 16);
+#endif
+}
+
+// The bits of floats in a smaller format with `kMantissa` explicit bits of mantissa and an exponent bias of `kBias`, in
+// the lowest bits, sign apart: to the nearest, ties to even. For finite values that do not round to more than it can hold.
+template <int kMantissa, int kBias>
+inline Bits shrink(Floats vector) {
+    constexpr int kShift = 23 - kMantissa;
+    const Bits bits = (Bits)vector & 0x7fffffff;
+    const Bits normal = (bits - ((127u - kBias) << 23) + ((1u << (kShift - 1)) - 1) + ((bits >> kShift) & 1)) >> kShift;
+    // Adding a number whose last bit is worth as much as that of the format's subnormals rounds to those.
+    constexpr uint32_t kAnchor = static_cast<uint32_t>(127 + 1 - kBias + 23 - kMantissa) << 23;
+    const Floats anchor = (Floats)(Bits{} + kAnchor);
+    const Bits subnormal = (Bits)((Floats)bits + anchor) - kAnchor;
+    const Bits is_normal = (Bits)(bits >= static_cast<uint32_t>(127 + 1 - kBias) << 23);
+    return (is_normal & normal) | (~is_normal & subnormal);
+}
+
+inline Floats load(const Float16* from) {
+    HalfBits halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return widen(halves);
+}
+
+// For NaN, and values that float16 has room for.
+inline void store(Float16* to, Floats vector) {
+#if defined(__AVX512F__)
+    const HalfBits halves = (HalfBits)_mm512_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+    const HalfBits halves = (HalfBits)_mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const Bits is_nan = (Bits)(vector != vector), sign = ((Bits)vector >> 16) & 0x8000;
+    const HalfBits halves =
+        __builtin_convertvector(sign | (is_nan & 0x7e00) | (~is_nan & shrink<10, 15>(vector)), HalfBits);
+#endif
     std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -89,6 +144,7 @@ inline void for_each_vector(int64_t n, Body body) {
 }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 
 #if defined(__AVX512F__)
 inline float sum_of(Floats vector) { return _mm512_reduce_add_ps(vector); }

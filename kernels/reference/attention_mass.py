@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.counted import Counted
+from kernels.kv_format import KVFormat
 from kernels.reference.paged_attention import QUERIES_AT_ONCE, gather, probabilities, score
 
 
@@ -17,6 +18,7 @@ def attention_mass(
     mass: Tensor,
     counted: Counted,
     hidden: Tensor | None = None,
+    kv_format: KVFormat | None = None,
 ) -> None:
     """Sum up the probabilities of the queries that count; see `kernels.ops.attention_mass`."""
     block_size = key_cache.shape[2]
@@ -27,7 +29,7 @@ def attention_mass(
             continue
         slots = torch.arange(lengths[b], device=q.device)
         blocks, offsets = block_tables[b, slots // block_size].long(), slots % block_size
-        keys = gather(key_cache, block_tables[b], slots)
+        keys = gather(key_cache, block_tables[b], slots, kv_format)
         sums = mass[blocks, :, offsets]
         sums[kept:] = 0
         for first in range(counted_from[b], starts[b + 1], QUERIES_AT_ONCE):

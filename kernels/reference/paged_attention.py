@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.kv_format import KVFormat
 from kernels.sinks import Sinks
 
 QUERIES_AT_ONCE = 256
@@ -20,6 +21,7 @@ def paged_attention(
     window: int | None = None,
     sinks: Sinks | None = None,
     hidden: Tensor | None = None,
+    kv_format: KVFormat | None = None,
 ) -> Tensor:
     """Attend each query to its own sequence's past, in float32; see `kernels.ops.paged_attention`."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -34,8 +36,8 @@ def paged_attention(
             slots = torch.arange(begin, stop, device=q.device)
             if num_sinks:
                 slots = torch.cat([torch.arange(min(num_sinks, begin), device=q.device), slots])
-            keys = gather(key_cache, block_tables[b], slots)
-            values = gather(value_cache, block_tables[b], slots)
+            keys = gather(key_cache, block_tables[b], slots, kv_format)
+            values = gather(value_cache, block_tables[b], slots, kv_format)
             if hidden is not None:
                 values = values.masked_fill((slots[:, None] < hidden[b]).unsqueeze(-1), 0.0)
             scores = score(q[first:last], keys, scale)
@@ -69,7 +71,8 @@ def _limits(window: int | None, sinks: Sinks | None, b: int, length: int) -> tup
     return seen, 0 if sinks is None else int(sinks.counts[b])
 
 
-def gather(cache: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+def gather(cache: Tensor, table: Tensor, positions: Tensor, kv_format: KVFormat | None = None) -> Tensor:
     """The cached heads at `positions` [L] of one sequence, as float32 [L, Hkv, D]; reads no other slot."""
     block_size = cache.shape[2]
-    return cache[table[positions // block_size].long(), :, positions % block_size].to(torch.float32)
+    rows = cache[table[positions // block_size].long(), :, positions % block_size]
+    return rows.to(torch.float32) if kv_format is None else kv_format.decode(rows)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.kv_format import KVFormat
 from kernels.pruning import Pruning
 from kernels.reference.paged_attention import QUERIES_AT_ONCE, gather, probabilities, score
 
@@ -17,10 +18,11 @@ def pruned_attention(
     hidden: Tensor | None,
     pruning: Pruning,
     first_output: int,
+    kv_format: KVFormat | None = None,
 ) -> Tensor:
     """Attend in float32, with less than all of it; see `kernels.ops.pruned_attention`."""
     slots = torch.arange(seq_len, device=q.device)
-    keys, values = (gather(cache, block_table, slots) for cache in (key_cache, value_cache))
+    keys, values = (gather(cache, block_table, slots, kv_format) for cache in (key_cache, value_cache))
     unseen = torch.zeros(key_cache.shape[1], 1, 1, seq_len, dtype=torch.bool, device=q.device)
     if hidden is not None:
         unseen = (slots < hidden[:, None])[:, None, None]

@@ -86,6 +86,18 @@ def test_what_is_skipped_is_not_in_the_mean(measure: Measure) -> None:
     assert scored["perplexity"] != pytest.approx(everything["perplexity"], rel=0.01)
 
 
+def test_a_format_of_the_cache_costs_more_the_fewer_bits_it_has(
+    measure: Measure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, eight, four = (
+        measure("--policy", "full", "--kv-cache-dtype", name)["policies"][0]["by_window"]
+        for name in ("auto", "int8", "int4")
+    )
+    costs = [max(abs(math.log(one / same)) for one, same in zip(found, plain, strict=True)) for found in (eight, four)]
+    assert 0 < costs[0] < costs[1] / 2
+    assert "float32 with int4 KV" in capsys.readouterr().out
+
+
 def test_a_selecting_policy_is_measured_by_its_name(measure: Measure) -> None:
     (h2o,) = measure("--policy", "h2o:heavy=*/2,recent=*/2,slack=1,prompt_slack=4", "--budgets", "12")["policies"]
     assert h2o["budget"] == 12

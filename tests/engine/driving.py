@@ -17,16 +17,30 @@ from engine.launch import LoadedModel, assemble
 from engine.observer import EngineObserver
 from engine.outputs import Output
 from engine.sampling_params import SamplingParams
+from kernels.kv_format import KVFormat
 from scheduler.batch import ScheduledSequence
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 
 
-def all_logits(loaded: LoadedModel, tokens: Sequence[int], chunks: Sequence[int], block_size: int = 16) -> Tensor:
+def all_logits(
+    loaded: LoadedModel,
+    tokens: Sequence[int],
+    chunks: Sequence[int],
+    block_size: int = 16,
+    kv_format: KVFormat | None = None,
+) -> Tensor:
     """Logits [len(tokens), vocab] of every position, computed in chunks of the given sizes over scattered blocks."""
     config = loaded.decoder.config
     num_blocks = -(-len(tokens) // block_size) + 3
-    cache = KVCache(config, num_blocks=num_blocks, block_size=block_size, dtype=loaded.dtype, device=loaded.device)
+    cache = KVCache(
+        config,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        dtype=loaded.dtype,
+        device=loaded.device,
+        kv_format=kv_format,
+    )
     table = array("i", torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).tolist())
     rows, start = [], 0
     with torch.inference_mode():

@@ -52,6 +52,7 @@ def test_every_setting_has_a_flag_a_variable_and_a_key(cls: type, tmp_path: Path
     samples = {"bool": ("false", False), "int": ("7", 7), "float": ("7", 7.0), "str": ("word", "word")}
     special: dict[str, tuple[str, object]] = {
         "dtype": ("float16", "float16"),
+        "kv_cache_dtype": ("int8", "int8"),
         "device": ("cpu", "cpu"),
         "log_level": ("debug", "debug"),
         "preemption": ("swap", "swap"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.kv_cache import KVCache
 from engine.kv_policies.full import Full
 from engine.kv_policies.h2o import H2O
 from engine.kv_policies.knorm import KNorm
@@ -27,6 +28,8 @@ from engine.kv_policies.window import SlidingWindow
 from engine.launch import LoadedModel, assemble, load_model
 from engine.outputs import Output
 from engine.sampling_params import SamplingParams
+from kernels import ops
+from kernels.kv_format import FORMATS
 from tests.engine.checkpoints import SHAPE, random_model, save
 from tests.engine.driving import Answer, PreemptionCount, ask, generate
 from tests.engine.kv_oracle import (
@@ -254,6 +257,43 @@ def test_requests_with_different_policies_share_a_batch(
 
     for (name, _, prompt), answer in zip(named, asyncio.run(serve()), strict=True):
         assert_close(answer, expected(name, prompt, answer.tokens[0]))
+
+
+@pytest.mark.parametrize("stored", ["fp16", "int8", "int4"])
+def test_under_every_policy_rows_are_worth_what_they_decode_to_whatever_happens_to_a_request(
+    loaded: LoadedModel, stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expected is what comes out of a plain cache that is given decoded rows, one request after the other.
+
+    Where sums are in another order, a value may just be rounded to the next code, so the tolerance is larger.
+    """
+    prompts, params = [[6, 7, 8], [*range(5, 29)], [*range(5, 27), 34]], replace(PARAMS, max_tokens=12, logprobs=1)
+    named = [(POLICIES[name][0], prompt) for name in ("full", "streaming", "h2o", "knorm") for prompt in prompts]
+    kv_format, write = FORMATS[stored], ops.kv_write
+    block = KVCache.block_bytes(loaded.decoder.config, 4, torch.float32, kv_format)
+    small = {"kv_cache_dtype": stored, "kv_cache_memory": 12 * block}
+
+    async def serve(**limits: Any) -> list[Answer]:
+        observer = PreemptionCount()
+        engine = assemble(EngineConfig(block_size=4, **limits), loaded, observer)
+        await engine.start()
+        asked = (ask(engine, prompt, params, f"{i}", kv_policy=policy) for i, (policy, prompt) in enumerate(named))
+        answers = await asyncio.gather(*asked)
+        await engine.stop()
+        assert (observer.preemptions > 0, observer.back > 0) == ("kv_cache_memory" in limits, "swap_memory" in limits)
+        return answers
+
+    def write_decoded(k: Tensor, v: Tensor, *rest: Any) -> None:
+        write(*(kv_format.decode(kv_format.encode(heads)) for heads in (k, v)), *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "kv_write", write_decoded)
+        alone = asyncio.run(serve(max_num_seqs=1, prefix_caching=False))
+    for limits in ({"kv_cache_dtype": stored, "max_num_batched_tokens": 29}, small, {**small, "swap_memory": 1 << 20}):
+        for answer, expected in zip(asyncio.run(serve(**limits)), alone, strict=True):
+            assert answer.tokens == expected.tokens
+            for output, wanted in zip(answer.outputs, expected.outputs, strict=True):
+                assert output.logprobs[0].logprob == pytest.approx(wanted.logprobs[0].logprob, abs=0.01)
 
 
 def test_what_was_evicted_is_counted(loaded: LoadedModel) -> None:

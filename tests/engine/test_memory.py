@@ -37,6 +37,14 @@ def test_an_explicit_size_is_used_to_the_last_block() -> None:
     assert _plan(kv_cache_memory=1000 * _BLOCK + 1) == memory.MemoryPlan(1000, 0, 256)
 
 
+def test_the_same_size_holds_as_many_more_blocks_as_rows_are_smaller() -> None:
+    """16 dimensions take 64 bytes in float32, 8 in 4 bits, and 4 more for a scale and a least value."""
+    plan = _plan(kv_cache_memory=300 * _BLOCK, kv_cache_dtype="int4")
+    assert plan.num_blocks == 300 * 64 // 12
+    cache = KVCache(_model(), num_blocks=5, block_size=16, dtype=torch.float32, device=_CPU, kv_format=plan.kv_format)
+    assert sum(layer.key.nbytes + layer.value.nbytes for layer in cache.layers) == 5 * _BLOCK * 12 // 64
+
+
 def test_without_a_size_it_is_what_running_sequences_and_as_many_cached_prefixes_can_use() -> None:
     assert _plan(max_num_seqs=2) == memory.MemoryPlan(2 * 2 * 16, 0, 256)
 

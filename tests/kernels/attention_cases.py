@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.kv_format import FORMATS, KVFormat
 from kernels.sinks import Sinks
 
 
@@ -26,20 +27,23 @@ class AttentionCase:
     window: int | None
     sinks: Sinks | None = None
     hidden: Tensor | None = None
+    kv_format: KVFormat | None = None
 
     def arguments(self) -> tuple[Any, ...]:
         return (
             self.q, self.key_cache, self.value_cache, self.block_tables, self.query_start, self.seq_lens, self.scale,
-            self.window, self.sinks, self.hidden,
+            self.window, self.sinks, self.hidden, self.kv_format,
         )  # fmt: skip
 
     def in_float32(self) -> "AttentionCase":
-        """The same values, for an oracle without rounding."""
+        """The same values, decoded, for an oracle without rounding."""
+        decode = torch.Tensor.float if self.kv_format is None else self.kv_format.decode
         return replace(
             self,
             q=self.q.float(),
-            key_cache=self.key_cache.float(),
-            value_cache=self.value_cache.float(),
+            key_cache=decode(self.key_cache),
+            value_cache=decode(self.value_cache),
+            kv_format=None,
             sinks=None if self.sinks is None else self.sinks._replace(q=self.sinks.q.float()),
         )
 
@@ -65,6 +69,7 @@ def make_case(
     window: int | None = None,
     limits: Sequence[tuple[int, int]] | None = None,
     hidden: Sequence[Sequence[int]] | None = None,
+    kv_format: KVFormat | None = None,
 ) -> AttentionCase:
     """A case with sequences of (queries, keys): q a strided view, spare cache slots NaN, spare table entries huge.
 
@@ -91,8 +96,8 @@ def make_case(
         sinks = Sinks(windows.contiguous(), counts.contiguous(), fused[1, :, 1 : 1 + kv_heads * group])
     return AttentionCase(
         q=fused[0, :, : kv_heads * group],
-        key_cache=caches[0].to(dtype),
-        value_cache=caches[1].to(dtype),
+        key_cache=caches[0].to(dtype) if kv_format is None else kv_format.encode(caches[0]),
+        value_cache=caches[1].to(dtype) if kv_format is None else kv_format.encode(caches[1]),
         block_tables=tables,
         query_start=starts.to(torch.int32),
         seq_lens=torch.tensor([keys for _, keys in lengths], dtype=torch.int32),
@@ -100,11 +105,17 @@ def make_case(
         window=window,
         sinks=sinks,
         hidden=None if hidden is None else torch.tensor(hidden, dtype=torch.int32),
+        kv_format=kv_format,
     )
 
 
+def random_format(rng: random.Random) -> KVFormat | None:
+    """How a cache may store keys and values; as often as not in the dtype of the queries."""
+    return rng.choice([None] * len(FORMATS) + [*FORMATS.values()])
+
+
 def random_case(rng: random.Random, dtype: torch.dtype) -> AttentionCase:
-    """Odd shapes: decoding, prefill, chunks and idle sequences mixed."""
+    """Odd shapes and formats: decoding, prefill, chunks and idle sequences mixed."""
     lengths = []
     for _ in range(rng.randint(1, 5)):
         keys = rng.choice([1, 2, 15, 16, 17, 63, 64, 65, 100, 130])
@@ -119,4 +130,5 @@ def random_case(rng: random.Random, dtype: torch.dtype) -> AttentionCase:
         dtype=dtype,
         window=rng.choice([None, None, 1, 5, 40, 1000]),
         limits=rng.choice([None, limits]),
+        kv_format=random_format(rng),
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.counted import Counted
 from kernels.cpu.native import NativeOps
 from kernels.reference.attention_mass import attention_mass
-from tests.kernels.attention_cases import AttentionCase, make_case
+from tests.kernels.attention_cases import AttentionCase, make_case, random_format
 
 
 def counted(*pairs: tuple[int, int]) -> Counted:
@@ -34,6 +34,7 @@ def random_mass_case(rng: random.Random, dtype: torch.dtype) -> tuple[AttentionC
         block_size=rng.choice([1, 8, 16, 128]),
         dtype=dtype,
         hidden=rng.choice([None, hidden]),
+        kv_format=random_format(rng),
     )
     mass = torch.full(case.key_cache.shape[:3], torch.nan)
     for b, (queries, keys) in enumerate(lengths):
@@ -87,9 +88,11 @@ def test_native_equals_the_reference_on_odd_shapes(ops: NativeOps, dtype: torch.
         case, mass, counts = random_mass_case(rng, dtype)
         expected = mass.clone()
         attention_mass(*arguments(case.in_float32()), expected, counts, case.hidden)
-        ops.attention_mass(*arguments(case), mass, counts, case.hidden)
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(mass, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+        for op in (attention_mass, ops.attention_mass):
+            actual = mass.clone()
+            op(*arguments(case), actual, counts, case.hidden, case.kv_format)
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def test_a_prompt_in_chunks_gathers_the_same_mass_as_a_whole_one(ops: NativeOps) -> None:

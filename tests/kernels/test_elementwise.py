@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.native import NativeOps
+from kernels.kv_format import FORMATS
 from kernels.reference.kv_write import kv_write
 from kernels.reference.rms_norm import rms_norm
 from kernels.reference.rotary_embedding import rotary_embedding
@@ -107,6 +108,38 @@ def test_kv_write_fills_its_slots_and_leaves_all_others(
             assert torch.equal(actual[0][slot // block_size, :, slot % block_size], k[token])
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dims", [2, 64, 98])
+def test_native_rows_of_a_format_are_the_reference_s_byte_for_byte(
+    ops: NativeOps, dtype: torch.dtype, name: str, dims: int, strided: View
+) -> None:
+    """Values and offsets of all magnitudes, from float16's subnormals to beyond its range; and an infinity."""
+    kv_format, tokens = FORMATS[name], 300
+    spread, offset = torch.logspace(-9, 5, tokens)[:, None, None], torch.logspace(5, -5, tokens)[:, None, None]
+    values = torch.randn(2, tokens, 3, dims) * spread + torch.randn(2, tokens, 3, 1) * offset
+    values[0, 0, 0, 1] = math.inf
+    k, v = (strided(part.to(dtype)) for part in values)
+    slots = torch.randperm(320)[:tokens]
+    rows = torch.zeros(20, 3, 16, kv_format.row_width(dims), dtype=kv_format.dtype)
+    actual, expected = ([rows.clone(), rows.clone()] for _ in range(2))
+    ops.kv_write(k, v, *actual, slots, kv_format)
+    kv_write(k, v, *expected, slots, kv_format)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+def test_a_nan_spoils_its_own_row_natively_too(ops: NativeOps, name: str) -> None:
+    kv_format, k = FORMATS[name], torch.ones(1, 2, 16)
+    k[0, 1, 15] = math.nan
+    caches = [torch.zeros(1, 2, 4, kv_format.row_width(16), dtype=kv_format.dtype) for _ in range(2)]
+    ops.kv_write(k, k, *caches, torch.tensor([2]), kv_format)
+    for cache in caches:
+        decoded = kv_format.decode(cache[0, :, 2])
+        assert not decoded[0].isnan().any()
+        assert decoded[1].isnan().all()
+
+
 def test_a_slot_past_the_cache_is_refused_and_not_written(ops: NativeOps) -> None:
     k, cache = torch.ones(2, 1, 4), torch.zeros(3, 1, 2, 4)
     with pytest.raises(IndexError, match="1 slots"):
@@ -126,6 +159,9 @@ def test_a_slot_past_the_cache_is_refused_and_not_written(ops: NativeOps) -> Non
         lambda ops: ops.rotary_embedding(*[torch.zeros(2, 1, 4)] * 2, *[torch.zeros(1, 2)] * 2),
         lambda ops: ops.kv_write(*[torch.zeros(2, 1, 4)] * 2, *[torch.zeros(3, 2, 8, 4)] * 2, torch.tensor([0, 1])),
         lambda ops: ops.kv_write(*[torch.zeros(2, 1, 4)] * 2, *[torch.zeros(3, 1, 8, 4)] * 2, torch.tensor([0])),
+        lambda ops: ops.kv_write(
+            *[torch.zeros(1, 1, 4)] * 2, *[torch.zeros(3, 1, 8, 4).byte()] * 2, torch.tensor([0]), FORMATS["int8"]
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_each_other_are_refused(ops: NativeOps, call: Callable[[NativeOps], object]) -> None:
