@@ -117,7 +117,7 @@ class Recompute:
         while scheduler.has_work:
             batch = scheduler.schedule()
             rows = [SampleRow(GREEDY, 0, prompt, window, frozenset()) for item in batch.items if item.num_samples]
-            samples = runner.execute(batch, rows)
+            samples = runner.execute(batch, rows).samples
             scheduler.update(batch, [[sample.token for sample in group] for group in samples])
         return time.perf_counter() - began
 

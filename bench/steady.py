@@ -204,7 +204,7 @@ class Decoding:
         began = time.perf_counter()
         batch = self._scheduler.schedule()
         rows = [_row(item) for item in batch.items]
-        samples = self._runner.execute(batch, rows, self._policies(batch))
+        samples = self._runner.execute(batch, rows, self._policies(batch)).samples
         self._scheduler.update(batch, [[sample.token for sample in group] for group in samples])
         return Step(time.perf_counter() - began, self._subject.kv_bytes_read(batch))
 

@@ -28,12 +28,13 @@ from engine.kv_policies.policy import KVPolicy
 from engine.memory import is_out_of_memory
 from engine.model_runner import ModelRunner
 from engine.observer import EngineObserver
+from engine.outputs import TokenLogprob
 from engine.request_checks import RequestChecks, is_endless
 from engine.request_state import RequestState, RequestStream
 from engine.sampler import Sample, SampleRow
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
-from scheduler.batch import ScheduledBatch
+from scheduler.batch import ScheduledBatch, ScheduledSequence
 from scheduler.kv_budget import Selection
 from scheduler.scheduler import Scheduler
 
@@ -244,13 +245,17 @@ class AsyncEngine:
                     continue
                 self._step_began = time.monotonic()
                 try:
-                    samples = await loop.run_in_executor(worker, self._runner.execute, batch, rows, policies)
+                    result = await loop.run_in_executor(
+                        worker, self._runner.execute, batch, rows, policies, self._scored(batch)
+                    )
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
                     self._lose_step(batch, error)
                 else:
-                    self._finish_step(batch, samples)
+                    for index, scores in result.scores.items():
+                        self._score(batch.items[index], scores)
+                    self._finish_step(batch, result.samples)
                 finally:
                     self._step_began = None
                 # Let the clients' tasks send what they got before the next step takes all cores again: a model thread
@@ -266,6 +271,16 @@ class AsyncEngine:
         """Of the requests whose policy selects, by id."""
         ids = [item.sequence.request.request_id for item in batch.items if isinstance(item.kv_budget, Selection)]
         return {request_id: self._states[request_id].policy for request_id in ids}
+
+    def _scored(self, batch: ScheduledBatch) -> dict[str, int]:
+        """Of the requests whose prompts the step scores, by id, how many of the best tokens they want."""
+        ids = [item.sequence.request.request_id for item in batch.items if item.num_scored]
+        return {request_id: self._states[request_id].num_prompt_logprobs for request_id in ids}
+
+    def _score(self, item: ScheduledSequence, scores: list[TokenLogprob]) -> None:
+        state = self._states.get(item.sequence.request.request_id)
+        if state is not None:  # it may have gone while the step ran
+            state.score(item.start, scores)
 
     async def _sleep(self, until: float | None) -> None:
         """Until a request comes or goes, or that time is reached."""

@@ -84,7 +84,9 @@ class ForwardBatch:
     block_tables: Tensor
     """[B, M] int32; entries beyond a sequence's blocks are 0 and mean nothing."""
     logits_rows: Tensor
-    """[R] int64: indices into T."""
+    """[R] int64: indices into T, those of scored positions first, then those to sample from."""
+    num_scored: int = 0
+    """How many those are."""
     limits: SlotLimits | None = None
     counted: Counted | None = None
     """Which queries' attention each sequence counts; None if all count none."""
@@ -95,7 +97,8 @@ class ForwardBatch:
 
     def sampled(self, x: Tensor) -> Tensor:
         """x [T, …] → its R rows whose logits are wanted."""
-        return x if len(self.logits_rows) == len(x) else x[self.logits_rows]
+        whole = len(self.logits_rows) == len(x) and not self.num_scored  # then they are all, in order
+        return x if whole else x[self.logits_rows]
 
     @classmethod
     def build(
@@ -119,7 +122,8 @@ class ForwardBatch:
         dropped = np.array([item.num_dropped for item in items], dtype=np.int64)
         places = positions - dropped[owner]
         slots = tables[owner, places // block_size].astype(np.int64) * block_size + places % block_size
-        sampled = np.array([item.num_samples > 0 for item in items])
+        sampled = ends[np.array([item.num_samples > 0 for item in items])] - 1
+        scored = _scored(items, ends - counts)
 
         def on_device(values: _Numbers, dtype: type) -> Tensor:
             return torch.from_numpy(values.astype(dtype, copy=False)).to(device, non_blocking=True)
@@ -131,7 +135,8 @@ class ForwardBatch:
             query_start=on_device(np.concatenate(([0], ends)), np.int32),
             seq_lens=on_device(starts + counts - dropped, np.int32),
             block_tables=torch.from_numpy(tables).to(device, non_blocking=True),
-            logits_rows=on_device(ends[sampled] - 1, np.int64),
+            logits_rows=on_device(np.concatenate((scored, sampled)), np.int64),
+            num_scored=len(scored),
             **_of_budgets(items, positions, owner, ends - counts, policies, device),
         )
 
@@ -139,6 +144,12 @@ class ForwardBatch:
 def _limit(budget: KVBudget | None) -> Window | None:
     """A window that is narrower than the model's own, which its layers know."""
     return budget if isinstance(budget, Window) and not budget.own else None
+
+
+def _scored(items: Sequence[ScheduledSequence], rows: "_Numbers") -> "_Numbers":
+    """The rows of scored positions."""
+    ranges = [np.arange(row, row + item.num_scored) for item, row in zip(items, rows, strict=True) if item.num_scored]
+    return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
 
 
 def _of_budgets(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -11,8 +12,19 @@ from engine.kv_cache import KVCache
 from engine.kv_compaction import compact
 from engine.kv_policies.policy import KVPolicy
 from engine.models.decoder import Decoder
+from engine.outputs import TokenLogprob
+from engine.prompt_logprobs import score_prompts
 from engine.sampler import Sample, SampleRow, sample
 from scheduler.batch import ScheduledBatch
+
+
+class StepResult(NamedTuple):
+    """What a step gave."""
+
+    samples: list[list[Sample]]
+    """By item, its ``num_samples``."""
+    scores: Mapping[int, list[TokenLogprob]] = MappingProxyType({})
+    """By item, where its prompt is scored: of the prompt tokens that follow those which the step computed."""
 
 
 class ModelRunner:
@@ -29,19 +41,23 @@ class ModelRunner:
         batch: ScheduledBatch,
         rows: Sequence[SampleRow],
         policies: Mapping[str, KVPolicy] = MappingProxyType({}),
-    ) -> list[list[Sample]]:
-        """Compute one step. ``rows`` holds each item's ``num_samples`` rows in turn; so does, by item, the answer.
+        prompt_logprobs: Mapping[str, int] = MappingProxyType({}),
+    ) -> StepResult:
+        """Compute one step. ``rows`` holds each item's ``num_samples`` rows in turn.
 
-        ``policies`` by request id are those of the batch's requests with a `Selection` as their budget.
+        ``policies`` by request id are those of the batch's requests with a `Selection` as their budget;
+        ``prompt_logprobs`` say, for those whose prompts are scored, how many of the best tokens are wanted.
         """
         self.cache.transfer(batch.transfers)
         compact(self.cache, [(one, policies[one.sequence.request.request_id]) for one in batch.compactions])
         if not batch.items:
-            return []
+            return StepResult([])
         forward = ForwardBatch.build(batch.items, self.cache.block_size, self._device, policies)
         logits = self.model(forward, self.cache)
+        scores = score_prompts(logits[: forward.num_scored], batch.items, prompt_logprobs) if forward.num_scored else {}
+        logits = logits[forward.num_scored :]
         if len(rows) > len(logits):  # a prompt forks: each continuation draws from the same logits
             repeats = torch.tensor([item.num_samples for item in batch.items if item.num_samples > 0])
             logits = logits.repeat_interleave(repeats.to(self._device), dim=0)
         samples = iter(sample(logits, rows) if rows else [])
-        return [list(islice(samples, item.num_samples)) for item in batch.items]
+        return StepResult([list(islice(samples, item.num_samples)) for item in batch.items], scores)

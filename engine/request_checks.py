@@ -65,7 +65,10 @@ class RequestChecks:
         stops = {token for token in eos if token < self._info.vocab_size}.union(params.stop_token_ids)
         rule = StopRule(max_tokens=max_tokens, min_tokens=params.min_tokens, stop_token_ids=frozenset(stops))
         beam_width = None if params.beams is None else params.width
-        return Request(request_id, prompt, rule, n=params.width, beam_width=beam_width, kv_budget=budget, **options)
+        scored = params.prompt_logprobs is not None
+        return Request(
+            request_id, prompt, rule, n=params.width, beam_width=beam_width, kv_budget=budget, scored=scored, **options
+        )
 
     def budget(self, policy: KVPolicy) -> KVBudget | None:
         """What a request under the policy may hold; None: all. Raises InvalidRequestError if this model cannot."""

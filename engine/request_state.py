@@ -29,6 +29,8 @@ class RequestStream:
         """So far, those of continuations that lost to others included."""
         self.evicted_tokens = 0
         """Tokens whose KV the request's policy took so far, again if they had to be recomputed."""
+        self.prompt_logprobs: list[TokenLogprob] = []
+        """Of the prompt's tokens from the second on, if they were asked for; all are there with the first output."""
         self.kv_slots = 0
         """KV slots that the continuations, or the last beams, held when they ended; known with the last output."""
         self._abort = abort
@@ -107,6 +109,11 @@ class RequestState:
         return not any(continuation.open for continuation in self._continuations)
 
     @property
+    def num_prompt_logprobs(self) -> int:
+        """How many of the likeliest tokens are wanted at each of the prompt's positions."""
+        return self._params.prompt_logprobs or 0
+
+    @property
     def num_slots(self) -> int:
         """KV slots that its running sequences hold."""
         return sum(one.num_slots for one in self.request.sequences if one.status is Status.RUNNING)
@@ -115,6 +122,10 @@ class RequestState:
         """Note that a sequence of the request lost the KV of so many tokens to the policy."""
         self.stream.evicted_tokens += tokens
         observer.on_eviction(policy=self.policy.name, tokens=tokens)
+
+    def score(self, start: int, scores: list[TokenLogprob]) -> None:
+        """Note how likely the prompt tokens behind position ``start`` are, perhaps once more."""
+        self.stream.prompt_logprobs[start:] = scores
 
     def rows(self, sequence: Sequence, num_samples: int) -> list[SampleRow]:
         """What the sampler needs to know to draw the next ``num_samples`` tokens after ``sequence``."""

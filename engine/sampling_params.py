@@ -45,6 +45,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: no log-probabilities. k: those of the sampled token and of the k most likely ones."""
+    prompt_logprobs: int | None = None
+    """None: none. k: those of each prompt token but the first, and of the k most likely ones in its place. The whole
+    prompt is computed then; nothing of it comes from the prefix cache."""
 
     beams: BeamParams | None = None
     """Search for the ``n`` most likely outputs with ``best_of`` beams instead of sampling them: the fields from

@@ -31,6 +31,9 @@ class ScheduledSequence(NamedTuple):
     num_dropped: int = 0
     """By how much a token's slot is less than its position."""
     kv_budget: KVBudget | None = None
+    num_scored: int = 0
+    """Of how many of the tokens, the first ones, the logits are wanted besides: those that a scored prompt goes on
+    after."""
 
 
 class Transfers(NamedTuple):

@@ -287,8 +287,10 @@ class KVMemory:
         """The blocks of its longest known prefix, each with whether it is the host's, and how many before are not
         needed.
 
-        The last token is always computed, since its logits are wanted: it never comes from a cache.
+        The last token is always computed, since its logits are wanted, and of a scored prompt all are.
         """
+        if sequence.request.scored:
+            return 0, []
         wanted = sequence.num_tokens - 1
         budget = sequence.request.kv_budget
         if budget is not None and _is_own(budget):

@@ -47,6 +47,7 @@ class Request:
     ``priority`` and ``tenant`` say who is served first (`Order`); at ``deadline``, in the seconds of `Scheduler.add`'s
     clock, whatever is unfinished ends. A beam search keeps ``beam_width`` sequences, and is told by
     `Scheduler.advance` which of them go on. Each of its sequences holds no more KV than ``kv_budget`` says.
+    Of a ``scored`` prompt the logits of every position are wanted, so none of it comes from the prefix cache.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Request:
         tenant: str = "",
         deadline: float | None = None,
         kv_budget: KVBudget | None = None,
+        scored: bool = False,
     ) -> None:
         tokens = array("i", prompt)
         if not tokens:
@@ -78,6 +80,7 @@ class Request:
         self.tenant = tenant
         self.deadline = deadline
         self.kv_budget = kv_budget
+        self.scored = scored
         self.arrival = 0.0
         self.rank: Rank = (0.0, 0)
         self.num_prompt_tokens = len(tokens)

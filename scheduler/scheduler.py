@@ -355,7 +355,8 @@ class Scheduler:
         num_samples = 0 if end < len(sequence.tokens) else 1 if sequence.request.beam_width else _places(sequence)
         tokens, table = sequence.tokens[start:end], sequence.block_table[:]
         budget = sequence.request.kv_budget
-        return ScheduledSequence(sequence, start, tokens, table, num_samples, sequence.num_dropped, budget)
+        scored = max(min(end, sequence.request.num_prompt_tokens - 1) - start, 0) if sequence.request.scored else 0
+        return ScheduledSequence(sequence, start, tokens, table, num_samples, sequence.num_dropped, budget, scored)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take the blocks back; the sequence waits, before all that have not run yet, to go on or to be recomputed."""

@@ -15,7 +15,7 @@ from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KVCache
 from engine.launch import LoadedModel, assemble
 from engine.observer import EngineObserver
-from engine.outputs import Output
+from engine.outputs import Output, TokenLogprob
 from engine.sampling_params import SamplingParams
 from kernels.kv_format import KVFormat
 from scheduler.batch import ScheduledSequence
@@ -83,6 +83,7 @@ class Answer:
     outputs: list[Output] = field(default_factory=list)
     cached_tokens: int = 0
     evicted_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def add(self, output: Output) -> None:
         """Append one output."""
@@ -99,6 +100,7 @@ async def ask(
     async for output in stream:
         answer.add(output)
     answer.cached_tokens, answer.evicted_tokens = stream.cached_tokens, stream.evicted_tokens
+    answer.prompt_logprobs = stream.prompt_logprobs
     return answer
 
 

@@ -17,6 +17,7 @@ from engine.engine_info import EngineInfo
 from engine.kv_policies.policy import KVPolicy
 from engine.launch import scheduler_config
 from engine.memory import MemoryPlan
+from engine.model_runner import StepResult
 from engine.sampler import Sample, SampleRow
 from scheduler.batch import ScheduledBatch, ScheduledSequence
 from scheduler.scheduler import Scheduler
@@ -56,8 +57,12 @@ class Model:
         """What was computed last."""
 
     def execute(
-        self, batch: ScheduledBatch, rows: Sequence[SampleRow], policies: Mapping[str, KVPolicy]
-    ) -> list[list[Sample]]:
+        self,
+        batch: ScheduledBatch,
+        rows: Sequence[SampleRow],
+        policies: Mapping[str, KVPolicy],
+        prompt_logprobs: Mapping[str, int],
+    ) -> StepResult:
         """Let each row go on as the script says."""
         self.last = batch.items
         for item in batch.items:
@@ -66,7 +71,7 @@ class Model:
         assert self.gate.wait(10)
         time.sleep(self.pace)
         samples = map(self.script, rows)
-        return [list(islice(samples, item.num_samples)) for item in batch.items]
+        return StepResult([list(islice(samples, item.num_samples)) for item in batch.items])
 
 
 def _text(tokens: Iterable[int]) -> str:
