@@ -10,7 +10,7 @@ from starlette.types import Receive
 from engine.kv_policies.full import Full
 from engine.kv_policies.policy import KVPolicy
 from engine.kv_policies.registry import describe
-from engine.outputs import Output
+from engine.outputs import Output, TokenLogprob
 from engine.sampling_params import SamplingParams
 from server.admission import admit
 from server.errors import ApiError
@@ -27,11 +27,21 @@ Outputs = AsyncGenerator[tuple[int, Output], None]
 class Generation:
     """The streams of a request's prompts, ``n`` choices each; choice index = prompt · n + continuation."""
 
-    def __init__(self, streams: Sequence["RequestStream"], n: int, prompt_tokens: int, kv_policy: KVPolicy) -> None:
+    def __init__(
+        self,
+        streams: Sequence["RequestStream"],
+        n: int,
+        prompt_tokens: int,
+        kv_policy: KVPolicy,
+        *,
+        only_prompts: bool = False,
+    ) -> None:
+        """With ``only_prompts`` nothing is wanted of what is generated, and it is not counted."""
         self._streams = streams
         self._n = n
         self._prompt_tokens = prompt_tokens
         self._kv_policy = kv_policy
+        self._only_prompts = only_prompts
         self._client_left = False
 
     @classmethod
@@ -45,6 +55,7 @@ class Generation:
         kv_policy: KVPolicy,
         cache_salt: str | None,
         request_id: str,
+        only_prompts: bool = False,
     ) -> Self:
         """Hand every prompt to the engine, or none. Nothing else runs meanwhile, so the queue's limit is kept.
 
@@ -72,7 +83,11 @@ class Generation:
             for stream in streams:
                 stream.abort()
             raise
-        return cls(streams, params.n, sum(map(len, prompts)), kv_policy)
+        return cls(streams, params.n, sum(map(len, prompts)), kv_policy, only_prompts=only_prompts)
+
+    def prompt_logprobs(self, index: int) -> Sequence[TokenLogprob]:
+        """Of the prompt of a choice, from the prompt's second token on; known with the choice's first output."""
+        return self._streams[index // self._n].prompt_logprobs
 
     def abort(self) -> None:
         """Free everything at once; ``outputs`` ends. Harmless when all is done."""
@@ -82,7 +97,8 @@ class Generation:
     @property
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object, of what has been generated so far; with ``kv`` where a policy kept the cache small."""
-        prompt, generated = self._prompt_tokens, sum(one.generated_tokens for one in self._streams)
+        prompt = self._prompt_tokens
+        generated = 0 if self._only_prompts else sum(one.generated_tokens for one in self._streams)
         usage: dict[str, object] = {
             "prompt_tokens": prompt,
             "completion_tokens": generated,

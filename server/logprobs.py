@@ -43,28 +43,40 @@ class LegacyLogprobs:
         # A token may hold a part of a character: it counts where it is complete, as in the text.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def add(self, tokens: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
-        """The arrays of the next tokens; a token's alternatives hold ``count`` entries, and itself if need be."""
+    def add(self, tokens: Sequence[TokenLogprob], *, first: int | None = None) -> dict[str, list[Any]]:
+        """The arrays of the next tokens; a token's alternatives hold ``count`` entries, and itself if need be.
+
+        ``first`` is a prompt's first token, which stands before them; nothing says how likely it is.
+        """
         result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        if first is not None:
+            self._place(result, first, None, None)
         for token in tokens:
-            spelled = self._tokenizer.token_bytes(token.token_id)
-            sampled = (token.token_id, token.logprob)
-            top = [*token.top[: self._count], sampled]
             best: dict[str, float] = {}
-            for token_id, logprob in top:
+            for token_id, logprob in (*token.top[: self._count], (token.token_id, token.logprob)):
                 # Two tokens can spell the same text; the likelier one keeps the place.
                 best.setdefault(_text(self._tokenizer.token_bytes(token_id)), max(logprob, _FLOOR))
-            result["tokens"].append(_text(spelled))
-            result["token_logprobs"].append(max(token.logprob, _FLOOR))
-            result["top_logprobs"].append(best)
-            result["text_offset"].append(self._offset)
-            if token.token_id not in self._tokenizer.special_token_ids:  # those are not in the text
-                self._offset += len(self._decoder.decode(spelled))
+            self._place(result, token.token_id, max(token.logprob, _FLOOR), best)
         return result
 
-    def add_json(self, tokens: Sequence[TokenLogprob]) -> str:
+    def add_json(self, tokens: Sequence[TokenLogprob], *, first: int | None = None) -> str:
         """The same as JSON."""
-        return json.dumps(self.add(tokens))
+        return json.dumps(self.add(tokens, first=first))
+
+    def _place(
+        self, arrays: dict[str, list[Any]], token_id: int, logprob: float | None, best: dict[str, float] | None
+    ) -> None:
+        spelled = self._tokenizer.token_bytes(token_id)
+        values = {
+            "tokens": _text(spelled),
+            "token_logprobs": logprob,
+            "top_logprobs": best,
+            "text_offset": self._offset,
+        }
+        for name, value in values.items():
+            arrays[name].append(value)
+        if token_id not in self._tokenizer.special_token_ids:  # those are not in the text
+            self._offset += len(self._decoder.decode(spelled))
 
 
 def _text(spelled: bytes) -> str:

@@ -282,8 +282,6 @@ class CompletionRequest(SamplingBody):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequestError("logprobs together with echo is not served yet", param="logprobs")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequestError("max_tokens may only be 0 together with echo", param="max_tokens")
         name = "n" if self.best_of is None else "best_of"

@@ -25,7 +25,12 @@ def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
 
 def sampling_params(
-    body: "SamplingBody", serving: "Serving", *, max_tokens: int, logprobs: int | None
+    body: "SamplingBody",
+    serving: "Serving",
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The parameters that a request asks for; what it leaves open comes from the checkpoint, then from OpenAI.
 
@@ -46,6 +51,7 @@ def sampling_params(
         beams=beams,
         max_tokens=max_tokens,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         logit_bias=bias,
         stop=tuple(body.stop),
         stop_token_ids=tuple(stop_ids),

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -39,6 +39,15 @@ class Job:
     """Per choice, what its text begins with."""
     max_tokens: int
 
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the prompts' own log-probabilities are wanted too."""
+        return bool(self.body.echo) and self.body.logprobs is not None
+
+    def first_token(self, index: int) -> int:
+        """Of a choice's prompt."""
+        return self.prompts[index // (self.body.n or 1)][0]
+
     def logprobs(self) -> LegacyLogprobs | None:
         """A maker of log-probabilities for one choice, if they are asked for."""
         count = self.body.logprobs
@@ -54,11 +63,11 @@ async def completions(request: Request) -> Response:
     generation = _start(job)
     if job.body.stream:
         return EventStream(_chunks(job, generation), generation, job.serving.config.send_timeout)
-    if job.max_tokens:
-        choices = await collect(generation, len(job.echoes), request)
-    else:
-        choices = [Choice(finish_reason="length") for _ in job.echoes]
-    return answer(job.head, [_choice(job, index, one) for index, one in enumerate(choices)], generation)
+    choices = [Choice(finish_reason="length") for _ in job.echoes]
+    if job.max_tokens or job.scores_prompts:
+        generated = await collect(generation, len(job.echoes), request)
+        choices = generated if job.max_tokens else choices
+    return answer(job.head, [_choice(job, generation, index, one) for index, one in enumerate(choices)], generation)
 
 
 async def _prepare(serving: Serving, body: CompletionRequest, standing: Standing) -> Job:
@@ -87,8 +96,11 @@ async def _prepare(serving: Serving, body: CompletionRequest, standing: Standing
 
 def _start(job: Job) -> Generation:
     body, serving = job.body, job.serving
-    params = sampling_params(body, serving, max_tokens=job.max_tokens, logprobs=body.logprobs)
-    if not job.max_tokens:  # only the echo is wanted: that needs no engine
+    scores = body.logprobs if job.scores_prompts else None
+    params = sampling_params(body, serving, max_tokens=job.max_tokens, logprobs=body.logprobs, prompt_logprobs=scores)
+    if not job.max_tokens and scores is not None:  # a step gives no scores without a token, which nobody sees
+        params = replace(params, max_tokens=1)
+    elif not job.max_tokens:  # only the echo is wanted: that needs no engine
         check_ready(serving)
         return Generation([], params.n, sum(map(len, job.prompts)), job.kv_policy)
     return Generation.submit(
@@ -99,15 +111,18 @@ def _start(job: Job) -> Generation:
         kv_policy=job.kv_policy,
         cache_salt=body.cache_salt,
         request_id=job.head["id"],
+        only_prompts=not job.max_tokens,
     )
 
 
-def _choice(job: Job, index: int, choice: Choice) -> dict[str, Any]:
-    logprobs = job.logprobs()
+def _choice(job: Job, generation: Generation, index: int, choice: Choice) -> dict[str, Any]:
+    logprobs, tokens, first = job.logprobs(), choice.logprobs, None
+    if job.scores_prompts:
+        tokens, first = [*generation.prompt_logprobs(index), *tokens], job.first_token(index)
     return {
         "index": index,
         "text": job.echoes[index] + choice.text,
-        "logprobs": None if logprobs is None else logprobs.add(choice.logprobs),
+        "logprobs": None if logprobs is None else logprobs.add(tokens, first=first),
         "finish_reason": choice.finish_reason,
     }
 
@@ -118,12 +133,19 @@ async def _chunks(job: Job, generation: Generation) -> AsyncGenerator[bytes, Non
         include_usage=job.body.stream_options is not None and job.body.stream_options.include_usage is True,
     )
     reason = None if job.max_tokens else "length"
+    waiting = set(range(len(job.echoes))) if job.scores_prompts else set()
     for index, echo in enumerate(job.echoes):
-        if echo or reason:
+        if (echo or reason) and index not in waiting:
             yield frame.choice(index, f'"text": {quote(echo)}, "logprobs": null', reason)
     makers = [job.logprobs() for _ in job.echoes]
     async for index, output in generation.outputs():
         maker = makers[index]
+        if index in waiting and maker is not None:
+            waiting.remove(index)
+            scores = maker.add_json(generation.prompt_logprobs(index), first=job.first_token(index))
+            yield frame.choice(index, f'"text": {quote(job.echoes[index])}, "logprobs": {scores}', reason)
+        if reason:
+            continue
         logprobs = "null" if maker is None else maker.add_json(output.logprobs)
         yield frame.choice(index, f'"text": {quote(output.text)}, "logprobs": {logprobs}', output.finish_reason)
     yield frame.last(generation.usage)

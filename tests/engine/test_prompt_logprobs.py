@@ -31,7 +31,7 @@ def assert_model_says(loaded: LoadedModel, prompt: list[int], scores: list[Token
     [
         pytest.param({}, id="all at once"),
         pytest.param({"max_num_batched_tokens": 7, "block_size": 4}, id="in chunks"),
-        pytest.param({"max_num_seqs": 2}, id="one after the other"),
+        pytest.param({"max_num_seqs": 2}, id="two at a time"),
     ],
 )
 def test_every_prompt_token_has_the_models_likelihood(tiny: LoadedModel, limits: dict[str, Any]) -> None:

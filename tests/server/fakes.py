@@ -67,6 +67,7 @@ class FakeStream:
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.prompt)
+        self.prompt_logprobs = [TokenLogprob(token, -2.0, ((65, -0.5),)) for token in self.prompt[1:]]
         self._outputs = self._all()
         self._end = asyncio.Event()
 

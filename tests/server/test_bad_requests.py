@@ -111,7 +111,6 @@ REFUSED: list[tuple[tuple[str, object], str | None]] = [
     (completion(min_tokens=50, max_tokens=5), "min_tokens"),
     (completion(logprobs=6), "logprobs"),
     (completion(logprobs=True), "logprobs"),
-    (completion(logprobs=1, echo=True), "logprobs"),
     (completion(echo=1), "echo"),
     (completion(stream="true"), "stream"),
     (completion(stream_options={"include_usage": True}), "stream_options"),

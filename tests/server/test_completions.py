@@ -1,5 +1,8 @@
 """POST /v1/completions, as the official client sees it."""
 
+import json
+from typing import Any
+
 import pytest
 
 from engine.outputs import TokenLogprob
@@ -88,6 +91,44 @@ def test_zero_tokens_with_echo_give_the_prompt_alone_without_troubling_the_engin
     assert '"text": "Hello"' in answer.text
     assert '"finish_reason": "length"' in answer.text
     assert len(live.engine.submitted) == before
+
+
+def test_an_echo_with_logprobs_has_aligned_arrays_over_prompt_and_output(live: Live) -> None:
+    answer = live.openai.completions.create(model="fake", prompt=["é!", "b"], n=2, echo=True, max_tokens=2, logprobs=1)
+    for index, (text, tokens, offsets) in enumerate(
+        [("é!Th", ["<s>", "bytes:\\xc3", "bytes:\\xa9", "!", "T", "h"], [0, 0, 0, 1, 2, 3])] * 2
+        + [("bTh", ["<s>", "b", "T", "h"], [0, 0, 1, 2])] * 2
+    ):
+        choice = answer.choices[index]
+        logprobs = choice.logprobs
+        assert logprobs is not None
+        assert choice.text == text
+        assert logprobs.tokens == tokens
+        assert logprobs.text_offset == offsets
+        assert logprobs.token_logprobs == [None, *[-2.0] * (len(tokens) - 3), -1.5, -1.5]
+        assert logprobs.top_logprobs is not None
+        assert logprobs.top_logprobs[:2] == [None, {tokens[1]: -2.0} | {"b": -0.5}]
+    assert live.engine.submitted[-1].params.prompt_logprobs == 1
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+def test_a_streamed_echo_with_logprobs_equals_the_whole(live: Live, max_tokens: int) -> None:
+    body = {"prompt": ["é!", "b"], "echo": True, "max_tokens": max_tokens, "logprobs": 2, "n": 2}
+    whole = live.http.post("/v1/completions", json=body).json()
+    assert whole["usage"]["completion_tokens"] == 4 * max_tokens
+    assert len(whole["choices"][0]["logprobs"]["tokens"]) == 4 + max_tokens
+    pieces: dict[int, dict[str, Any]] = {}
+    for line in live.http.post("/v1/completions", json={**body, "stream": True}).text.splitlines():
+        if not line.startswith("data: {"):
+            continue
+        for choice in json.loads(line.removeprefix("data: "))["choices"]:
+            piece = pieces.setdefault(choice["index"], {"text": "", "logprobs": {}, "finish_reason": None})
+            assert piece["finish_reason"] is None
+            piece["text"] += choice["text"]
+            piece["finish_reason"] = choice["finish_reason"]
+            for name, values in choice["logprobs"].items():
+                piece["logprobs"].setdefault(name, []).extend(values)
+    assert [{"index": index, **pieces[index]} for index in sorted(pieces)] == whole["choices"]
 
 
 def test_logprobs_come_in_aligned_arrays(live: Live) -> None:

@@ -183,3 +183,19 @@ def test_the_metrics_page_tells_what_happened(real: Live) -> None:
     assert counts[f"octavo:generation_tokens_total{model}"] > 0
     assert counts[f"octavo:time_to_first_token_seconds_count{model}"] > 0
     assert counts[f"octavo:request_time_per_output_token_seconds_count{model}"] > 0
+
+
+def test_a_text_is_scored_as_it_was_generated(real: Live) -> None:
+    """The tokens of an answer are as likely in a prompt as when they came out; lm-eval ranks texts by that."""
+    written = _complete(real, max_tokens=8, logprobs=3)
+    scored = _complete(real, prompt=PROMPT + written.choices[0].text, max_tokens=0, echo=True, logprobs=3)
+    logprobs, tail = scored.choices[0].logprobs, written.choices[0].logprobs
+    assert scored.usage.completion_tokens == 0
+    assert scored.choices[0].text == PROMPT + written.choices[0].text
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.tokens[-8:] == tail.tokens
+    assert logprobs.token_logprobs[-8:] == pytest.approx(tail.token_logprobs, abs=1e-3)
+    assert "".join(logprobs.tokens) == scored.choices[0].text
+    assert [len(logprobs.tokens)] * 3 == [
+        len(one) for one in (logprobs.token_logprobs, logprobs.top_logprobs, logprobs.text_offset)
+    ]
