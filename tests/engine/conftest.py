@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig
 from engine.launch import LoadedModel, load_model
@@ -36,3 +38,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """A random Llama of three layers in float32: what does not depend on sense is tested on it in milliseconds."""
     folder: Path = save(random_model("llama"), tmp_path_factory.mktemp("tiny"))
     return load_model(EngineConfig(model=str(folder), dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def oracle(embedded: LoadedModel) -> Any:
+    """Transformers' Llama with the embedded checkpoint's tensors (that these are right is tests/engine/test_gguf…)."""
+    checkpoint = embedded.checkpoint
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**checkpoint.config))
+    state = {name: checkpoint.tensors[name].float() for name in checkpoint.tensors.names()}
+    model.to_empty(device="cpu")
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    model.model.rotary_emb.__init__(model.config)
+    return model.eval()

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.beam_search import BeamParams
 from engine.config import EngineConfig
@@ -19,20 +18,6 @@ from engine.launch import LoadedModel, load_model
 from engine.sampling_params import SamplingParams
 from tests.engine.driving import GREEDY, PreemptionCount, all_logits, generate
 from tests.engine.prompts import PROMPTS
-
-
-@pytest.fixture(scope="module")
-def oracle(embedded: LoadedModel) -> Any:
-    """Transformers' Llama with the embedded checkpoint's tensors (that these are right is tests/engine/test_gguf…)."""
-    checkpoint = embedded.checkpoint
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**checkpoint.config))
-    state = {name: checkpoint.tensors[name].float() for name in checkpoint.tensors.names()}
-    model.to_empty(device="cpu")
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    model.model.rotary_emb.__init__(model.config)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
