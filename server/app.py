@@ -9,10 +9,12 @@ from fastapi import FastAPI
 from engine.errors import ConfigError
 from server import errors, openapi
 from server.admission import retry_after
-from server.auth import ApiKeyMiddleware, RequestIdMiddleware
+from server.auth import ApiKeyMiddleware
 from server.chat_template import ChatTemplate, load_template
 from server.config import ServerConfig
+from server.logs import log_request
 from server.metrics import Metrics
+from server.observation import Listener, ObservationMiddleware
 from server.routes import chat, completions, status, tokens
 from server.serving import Serving
 from server.standing import Tenants
@@ -57,8 +59,13 @@ def create_app(engine: "AsyncEngine", config: ServerConfig, metrics: Metrics | N
     errors.install(app, lambda: retry_after(serving))
     if config.api_key:
         app.add_middleware(ApiKeyMiddleware, keys=config.api_key)
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(ObservationMiddleware, listeners=_listeners(config))
     return app
+
+
+def _listeners(config: ServerConfig) -> list[Listener]:
+    """Who hears of each request when it has been answered."""
+    return [log_request] if config.log_requests else []
 
 
 def _template(engine: "AsyncEngine", config: ServerConfig) -> ChatTemplate | None:
