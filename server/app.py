@@ -18,6 +18,7 @@ from server.observation import Listener, ObservationMiddleware
 from server.routes import chat, completions, status, tokens
 from server.serving import Serving
 from server.standing import Tenants
+from server.tracing import exporting_to, trace_requests
 from server.version import version
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def create_app(engine: "AsyncEngine", config: ServerConfig, metrics: Metrics | N
     ``metrics`` is the engine's observer; without it /metrics knows only what the engine's ``stats`` say.
 
     Raises:
-        ConfigError: the chat template cannot be read or is not valid, or no batch can ever fill.
+        ConfigError: the chat template cannot be read or is not valid, no batch can ever fill, or traces are wanted
+            without the packages that send them.
     """
     batch_size = engine.config.batch_size
     if engine.config.batching == "static" and config.max_queue < batch_size:
@@ -65,7 +67,10 @@ def create_app(engine: "AsyncEngine", config: ServerConfig, metrics: Metrics | N
 
 def _listeners(config: ServerConfig) -> list[Listener]:
     """Who hears of each request when it has been answered."""
-    return [log_request] if config.log_requests else []
+    listeners: list[Listener] = [log_request] if config.log_requests else []
+    if config.otlp_endpoint is not None:
+        listeners.append(trace_requests(exporting_to(config.otlp_endpoint)))
+    return listeners
 
 
 def _template(engine: "AsyncEngine", config: ServerConfig) -> ChatTemplate | None:

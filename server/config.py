@@ -33,6 +33,13 @@ class ServerConfig(LogConfig):
         "with --log-requests, log the prompts too, and the answers: the first N characters of either; none by default",
         metavar="N",
     )
+    otlp_endpoint: str | None = setting(
+        None,
+        text,
+        "send a trace of each request to this OpenTelemetry collector, such as http://127.0.0.1:4318; needs the extra "
+        "'otel'",
+        metavar="URL",
+    )
     host: str = setting("127.0.0.1", text, "address to listen on; 0.0.0.0 for every one", metavar="HOST")
     port: int = setting(8000, integer(0, 65535), "port to listen on; 0 for any free one", metavar="N")
     api_key: tuple[str, ...] = setting(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _KEY = "octavo.exchange"
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
+_PROBES = frozenset({"/health", "/ready", "/metrics"})
 _MAX_PATH = 200
 """Characters of a URL that belongs to no route."""
 
@@ -62,6 +63,16 @@ class Exchange:
         route = self.scope.get("route")
         path = getattr(route, "path", None) or self.scope["path"][:_MAX_PATH]
         return f"{self.scope['method']} {path}"
+
+    @property
+    def is_good_probe(self) -> bool:
+        """Whether it is one of those that come every few seconds, and went well: nobody wants to read about it."""
+        return self.status == 200 and self.scope["path"] in _PROBES
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The request's, by their names in lower case."""
+        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self.scope["headers"]}
 
     @property
     def ttft(self) -> float | None:

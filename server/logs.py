@@ -20,7 +20,6 @@ requests = logging.getLogger("octavo.requests")
 
 _PLAIN = re.compile(r"[^\s\"'=\\\x00-\x1f\x7f]+")
 """A value that reads well without quotes, and cannot be taken for more than one."""
-_PROBES = frozenset({"GET /health", "HEAD /health", "GET /ready", "HEAD /ready", "GET /metrics"})
 
 
 def about(request_id: str) -> dict[str, Any]:
@@ -69,9 +68,8 @@ def install(config: ServerConfig, stream: TextIO | None = None) -> None:
 
 def log_request(exchange: "Exchange") -> None:
     """One line about a request whose answer has ended; none about probes that went well."""
-    fields = exchange.fields()
-    if exchange.status != 200 or fields["endpoint"] not in _PROBES:
-        requests.info("request", extra={"fields": fields})
+    if not exchange.is_good_probe:
+        requests.info("request", extra={"fields": exchange.fields()})
 
 
 def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
