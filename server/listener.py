@@ -29,7 +29,7 @@ _WATCH_PERIOD = 1.0
 _WATCH_PATIENCE = 2
 """Failed looks at the engine's health, a period apart, until the server gives up."""
 
-_LAST_WORDS = 2
+LAST_WORDS = 2
 """Seconds, past the drain timeout, in which stopped requests are told so before their tasks are cancelled."""
 
 
@@ -171,6 +171,6 @@ def make_server(app: FastAPI, config: ServerConfig, on_ready: Callable[[], None]
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=65,
-        timeout_graceful_shutdown=math.ceil(config.drain_timeout) + _LAST_WORDS,
+        timeout_graceful_shutdown=math.ceil(config.drain_timeout) + LAST_WORDS,
     )
     return Server(settings, app.state.serving, on_ready)
