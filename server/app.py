@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -27,14 +28,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger("octavo.server")
 
 
-def create_app(engine: "AsyncEngine", config: ServerConfig, metrics: Metrics | None = None) -> FastAPI:
+def create_app(
+    engine: "AsyncEngine",
+    config: ServerConfig,
+    metrics: Metrics | None = None,
+    listeners: Sequence[Listener] | None = None,
+) -> FastAPI:
     """The application around an engine, which whoever listens starts and stops.
 
-    ``metrics`` is the engine's observer; without it /metrics knows only what the engine's ``stats`` say.
+    ``metrics`` is the engine's observer; without it /metrics knows only what the engine's ``stats`` say. ``listeners``
+    hear of each request that has been answered: those of `listeners_of` unless they are given.
 
     Raises:
-        ConfigError: the chat template cannot be read or is not valid, no batch can ever fill, or traces are wanted
-            without the packages that send them.
+        ConfigError: the chat template cannot be read or is not valid, or no batch can ever fill.
     """
     batch_size = engine.config.batch_size
     if engine.config.batching == "static" and config.max_queue < batch_size:
@@ -61,12 +67,16 @@ def create_app(engine: "AsyncEngine", config: ServerConfig, metrics: Metrics | N
     errors.install(app, lambda: retry_after(serving))
     if config.api_key:
         app.add_middleware(ApiKeyMiddleware, keys=config.api_key)
-    app.add_middleware(ObservationMiddleware, listeners=_listeners(config))
+    app.add_middleware(ObservationMiddleware, listeners=listeners_of(config) if listeners is None else listeners)
     return app
 
 
-def _listeners(config: ServerConfig) -> list[Listener]:
-    """Who hears of each request when it has been answered."""
+def listeners_of(config: ServerConfig) -> list[Listener]:
+    """The log of requests and their traces, where they are wanted.
+
+    Raises:
+        ConfigError: the packages that send traces are not installed.
+    """
     listeners: list[Listener] = [log_request] if config.log_requests else []
     if config.otlp_endpoint is not None:
         listeners.append(trace_requests(exporting_to(config.otlp_endpoint)))

@@ -51,12 +51,13 @@ def trace_requests(processor: "SpanProcessor") -> Listener:
 
     What is left unsent is flushed when the process ends.
     """
-    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import SpanKind, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    provider = TracerProvider(resource=Resource.create({"service.name": "octavo", "service.version": version()}))
+    ours = Resource.create({"service.name": "octavo", "service.version": version()})
+    provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))  # what OTEL_… says goes first
     provider.add_span_processor(processor)
     tracer = provider.get_tracer("octavo", version())
     propagator = TraceContextTextMapPropagator()

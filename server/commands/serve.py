@@ -42,14 +42,14 @@ def run(args: argparse.Namespace) -> int:
 def _serve(engine_config: EngineConfig, config: ServerConfig, sock: socket.socket) -> int:
     from engine.launch import load_engine
     from server import listener
-    from server.app import create_app
+    from server.app import create_app, listeners_of
     from server.metrics import Metrics
 
-    metrics = Metrics()
+    metrics, listeners = Metrics(), listeners_of(config)
     engine = load_engine(engine_config, metrics)
     for line in engine.info.lines():
         logger.info("%s", line)
-    app = create_app(engine, config, metrics)
+    app = create_app(engine, config, metrics, listeners)
     # What is loaded stays: a full collection that visits it all holds up a step of 1,024 sequences for 100 ms.
     gc.collect()
     gc.freeze()

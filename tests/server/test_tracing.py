@@ -18,7 +18,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 from engine.errors import ConfigError
 from server import app as application
 from server.config import ServerConfig
-from server.tracing import exporting_to
+from server.exchange import Exchange
+from server.tracing import exporting_to, trace_requests
+from server.version import version
 from tests.server.conftest import Live, running, wait_until
 from tests.server.fakes import FakeEngine
 
@@ -145,6 +147,18 @@ def test_spans_reach_a_collector_over_http(suffix: str) -> None:
     ((path, body),) = received
     assert path == "/v1/traces"
     assert b"GET /version" in body
+
+
+def test_the_variables_of_the_sdk_name_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = InMemorySpanExporter()
+    for names in ({}, {"OTEL_SERVICE_NAME": "mine", "OTEL_RESOURCE_ATTRIBUTES": "zone=a"}):
+        for name, value in names.items():
+            monkeypatch.setenv(name, value)
+        write = trace_requests(SimpleSpanProcessor(exporter))
+        write(Exchange.begin({"method": "GET", "path": "/version", "headers": []}))
+    first, second = (span.resource.attributes for span in exporter.get_finished_spans())
+    assert (first["service.name"], first["service.version"]) == ("octavo", version())
+    assert (second["service.name"], second["zone"]) == ("mine", "a")
 
 
 def test_without_the_packages_the_flag_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
