@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,12 @@ def test_the_arguments_are_ones_that_the_server_takes(name: str) -> None:
     serve.add_arguments(parser)
     _, config = load_all((EngineConfig, ServerConfig), vars(parser.parse_args(arguments)), {})
     assert (config.log_format, config.log_requests, config.log_request_content) == ("json", True, None)
+
+
+def test_the_image_is_of_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    compose = documents(DEPLOY / "compose.yaml")[0]["services"]["octavo"]
+    assert compose["image"] == deployment()[1]["image"] == f"octavo:{version}"
 
 
 def test_a_server_that_is_told_to_stop_is_given_the_time() -> None:
