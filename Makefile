@@ -7,7 +7,7 @@ TORCH_ARGS ?=
 SERVE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat test check format bench clean
+.PHONY: help install serve chat test check audit format bench clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  \033[1mmake %-8s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,10 +36,14 @@ chat: $(VENV)/.installed ## talk to the embedded model in the terminal
 test: $(VENV)/.installed-dev ## run every test that needs no GPU
 	$(BIN)/pytest -m 'not gpu' $(TEST_ARGS)
 
-check: $(VENV)/.installed-dev ## lint, check formatting, check types
+check: $(VENV)/.installed-dev ## lint, check formatting, check types, audit dependencies where a service can be asked
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/audit.py --if-reachable
+
+audit: $(VENV)/.installed-dev ## look for known vulnerabilities in what is installed; needs a vulnerability service
+	$(BIN)/python .ci/audit.py
 
 format: $(VENV)/.installed-dev ## format the code and apply safe lint fixes
 	$(BIN)/ruff check --fix .

@@ -314,8 +314,7 @@ class AsyncEngine:
         for item in batch.items:
             state = self._states[item.sequence.request.request_id]
             if state.first_step is None:
-                state.first_step = now
-                state.stream.cached_tokens = state.request.cached_tokens or 0
+                state.begin(now)
                 self.observer.on_tokens(prompt=state.request.num_prompt_tokens, generated=0)
             rows += state.rows(item.sequence, item.num_samples)
         return batch, rows

@@ -25,6 +25,8 @@ class RequestStream:
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0
         """Prompt tokens found in the prefix cache; known from the first output on."""
+        self.queue_seconds: float | None = None
+        """Seconds from its arrival to its first step; None until then."""
         self.generated_tokens = 0
         """So far, those of continuations that lost to others included."""
         self.evicted_tokens = 0
@@ -117,6 +119,12 @@ class RequestState:
     def num_slots(self) -> int:
         """KV slots that its running sequences hold."""
         return sum(one.num_slots for one in self.request.sequences if one.status is Status.RUNNING)
+
+    def begin(self, now: float) -> None:
+        """Note that its first step is about to be computed."""
+        self.first_step = now
+        self.stream.queue_seconds = now - self._arrival
+        self.stream.cached_tokens = self.request.cached_tokens or 0
 
     def evict(self, tokens: int, observer: EngineObserver) -> None:
         """Note that a sequence of the request lost the KV of so many tokens to the policy."""

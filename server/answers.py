@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.outputs import TokenLogprob
+from server.exchange import Exchange
 from server.generation import Generation
 
 
@@ -34,6 +35,7 @@ async def collect(generation: Generation, count: int, request: Request) -> list[
         ApiError: the client left (499) or the server stopped (503) before the end.
         OctavoError: the engine failed, or the request's time was up.
     """
+    Exchange.of(request.scope).generation = generation
     choices = [Choice() for _ in range(count)]
     async with generation.watched(request.receive):
         async for index, output in generation.outputs():

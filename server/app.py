@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -9,13 +10,16 @@ from fastapi import FastAPI
 from engine.errors import ConfigError
 from server import errors, openapi
 from server.admission import retry_after
-from server.auth import ApiKeyMiddleware, RequestIdMiddleware
+from server.auth import ApiKeyMiddleware
 from server.chat_template import ChatTemplate, load_template
 from server.config import ServerConfig
+from server.logs import log_request
 from server.metrics import Metrics
+from server.observation import Listener, ObservationMiddleware
 from server.routes import chat, completions, status, tokens
 from server.serving import Serving
 from server.standing import Tenants
+from server.tracing import exporting_to, trace_requests
 from server.version import version
 
 if TYPE_CHECKING:
@@ -24,10 +28,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("octavo.server")
 
 
-def create_app(engine: "AsyncEngine", config: ServerConfig, metrics: Metrics | None = None) -> FastAPI:
+def create_app(
+    engine: "AsyncEngine",
+    config: ServerConfig,
+    metrics: Metrics | None = None,
+    listeners: Sequence[Listener] | None = None,
+) -> FastAPI:
     """The application around an engine, which whoever listens starts and stops.
 
-    ``metrics`` is the engine's observer; without it /metrics knows only what the engine's ``stats`` say.
+    ``metrics`` is the engine's observer; without it /metrics knows only what the engine's ``stats`` say. ``listeners``
+    hear of each request that has been answered: those of `listeners_of` unless they are given.
 
     Raises:
         ConfigError: the chat template cannot be read or is not valid, or no batch can ever fill.
@@ -57,8 +67,20 @@ def create_app(engine: "AsyncEngine", config: ServerConfig, metrics: Metrics | N
     errors.install(app, lambda: retry_after(serving))
     if config.api_key:
         app.add_middleware(ApiKeyMiddleware, keys=config.api_key)
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(ObservationMiddleware, listeners=listeners_of(config) if listeners is None else listeners)
     return app
+
+
+def listeners_of(config: ServerConfig) -> list[Listener]:
+    """The log of requests and their traces, where they are wanted.
+
+    Raises:
+        ConfigError: the packages that send traces are not installed.
+    """
+    listeners: list[Listener] = [log_request] if config.log_requests else []
+    if config.otlp_endpoint is not None:
+        listeners.append(trace_requests(exporting_to(config.otlp_endpoint)))
+    return listeners
 
 
 def _template(engine: "AsyncEngine", config: ServerConfig) -> ChatTemplate | None:

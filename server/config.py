@@ -23,6 +23,23 @@ class LogConfig:
 class ServerConfig(LogConfig):
     """Settings of `octavo serve` beside those of the engine; given by the mechanism of `engine.config`."""
 
+    log_format: Literal["text", "json"] = setting(
+        "text", choice("text", "json"), "how lines of the log are written", metavar="FORMAT"
+    )
+    log_requests: bool = setting(False, boolean, "log a line about each request that has been answered")
+    log_request_content: int | None = setting(
+        None,
+        integer(0),
+        "with --log-requests, log the prompts too, and the answers: the first N characters of either; none by default",
+        metavar="N",
+    )
+    otlp_endpoint: str | None = setting(
+        None,
+        text,
+        "send a trace of each request to this OpenTelemetry collector, such as http://127.0.0.1:4318; needs the extra "
+        "'otel'",
+        metavar="URL",
+    )
     host: str = setting("127.0.0.1", text, "address to listen on; 0.0.0.0 for every one", metavar="HOST")
     port: int = setting(8000, integer(0, 65535), "port to listen on; 0 for any free one", metavar="N")
     api_key: tuple[str, ...] = setting(
@@ -70,6 +87,8 @@ class ServerConfig(LogConfig):
 
     def __post_init__(self) -> None:
         check(self)
+        if self.log_request_content is not None and not self.log_requests:
+            raise ConfigError("--log-request-content adds to what --log-requests writes, which is not given")
         for name in self.kv_policy_allow:
             if name not in POLICIES:
                 raise ConfigError(

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from engine.errors import (
     EngineDeadError,
@@ -23,6 +24,8 @@ from engine.errors import (
     OutOfMemoryError,
     RequestTimeoutError,
 )
+from server.exchange import Exchange
+from server.logs import about
 
 logger = logging.getLogger("octavo.server")
 
@@ -58,22 +61,42 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers
 
+    @property
+    def label(self) -> str:
+        """Its code, or the type of those that have none."""
+        return self.code or _kind(self.status)
+
 
 def error_body(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, dict[str, str | None]]:
     """OpenAI's error object, with all four keys."""
-    kind = _TYPES.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": message, "type": _kind(status), "param": param, "code": code}}
+
+
+def _kind(status: int) -> str:
+    return _TYPES.get(status, "invalid_request_error")
+
+
+class _ErrorResponse(Response):
+    media_type = "application/json"
+
+    def __init__(self, error: ApiError) -> None:
+        body = error_body(error.status, error.message, param=error.param, code=error.code)
+        super().__init__(json.dumps(body), error.status, error.headers)
+        self._label = error.label
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        Exchange.of(scope).error = self._label
+        await super().__call__(scope, receive, send)
 
 
 def error_response(error: ApiError) -> Response:
     """The HTTP answer for an error."""
-    body = error_body(error.status, error.message, param=error.param, code=error.code)
-    return Response(json.dumps(body), error.status, error.headers, media_type="application/json")
+    return _ErrorResponse(error)
 
 
-def as_api_error(error: Exception) -> ApiError:
+def as_api_error(error: Exception, request_id: str) -> ApiError:
     """What the client is told of any error; the details of an unexpected one are logged here, once."""
     match error:
         case ApiError():
@@ -83,7 +106,7 @@ def as_api_error(error: Exception) -> ApiError:
         case ValidationError():
             return _validation_error(error)
         case ClientDisconnect():
-            return ApiError(499, "The client left.")  # nobody reads this
+            return ApiError(499, "The client left.", code="client_left")  # nobody reads this
         case RequestValidationError():
             return ApiError(400, "The request is malformed.")
         case HTTPException():
@@ -97,10 +120,10 @@ def as_api_error(error: Exception) -> ApiError:
         case OutOfMemoryError():
             return ApiError(503, str(error), code="out_of_memory")
         case OctavoError():
-            logger.error("request failed: %s", error)
+            logger.error("request failed: %s", error, extra=about(request_id))
             return ApiError(500, "The request failed in the engine.", code="engine_error")
         case _:
-            logger.error("request failed", exc_info=error)
+            logger.error("request failed", exc_info=error, extra=about(request_id))
             return ApiError(500, "The server failed to answer this request.", code="internal_error")
 
 
@@ -135,14 +158,16 @@ def _param(location: tuple[int | str, ...]) -> str | None:
 
 
 def install(app: FastAPI, retry_after: Callable[[], int]) -> None:
-    """Make every error of ``app`` answer in OpenAI's shape; ``retry_after`` tells how many seconds it will be busy."""
+    """Make every expected error of ``app`` answer in OpenAI's shape; the others are `ObservationMiddleware`'s.
+
+    ``retry_after`` tells how many seconds the server will be busy.
+    """
 
     async def handle(request: Request, error: Any) -> Response:
-        response = error_response(told := as_api_error(error))
+        response = error_response(told := as_api_error(error, Exchange.of(request.scope).request_id))
         if told.code in _BUSY:
             response.headers["retry-after"] = str(retry_after())
         return response
 
-    expected = (ApiError, OctavoError, HTTPException, ValidationError, RequestValidationError)
-    for kind in (*expected, Exception):
+    for kind in (ApiError, OctavoError, HTTPException, ValidationError, RequestValidationError):
         app.add_exception_handler(kind, handle)

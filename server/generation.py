@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from starlette.types import Receive
 
@@ -16,6 +17,7 @@ from server.admission import admit
 from server.errors import ApiError
 from server.protocol import TokenIds
 from server.standing import Standing
+from server.transcript import Transcript
 
 if TYPE_CHECKING:
     from engine.request_state import RequestStream
@@ -26,6 +28,15 @@ Outputs = AsyncGenerator[tuple[int, Output], None]
 
 class Generation:
     """The streams of a request's prompts, ``n`` choices each; choice index = prompt · n + continuation."""
+
+    first_output: float | None = None
+    """When the first output came, on the clock of `time.perf_counter`."""
+    response_id: str | None = None
+    """The answer's ``id``."""
+    model: str | None = None
+    """The model's name, that of the metrics: a request may have used another of its names."""
+    transcript: Transcript | None = None
+    """The text of prompts and answers, where that is to be logged."""
 
     def __init__(
         self,
@@ -43,6 +54,7 @@ class Generation:
         self._kv_policy = kv_policy
         self._only_prompts = only_prompts
         self._client_left = False
+        self._finish_reasons: list[str] = []
 
     @classmethod
     def submit(
@@ -83,7 +95,12 @@ class Generation:
             for stream in streams:
                 stream.abort()
             raise
-        return cls(streams, params.n, sum(map(len, prompts)), kv_policy, only_prompts=only_prompts)
+        generation = cls(streams, params.n, sum(map(len, prompts)), kv_policy, only_prompts=only_prompts)
+        generation.response_id = request_id
+        generation.model = serving.model_names[0]
+        if serving.config.log_request_content is not None:
+            generation.transcript = Transcript(serving.config.log_request_content, prompts, serving.engine.tokenizer)
+        return generation
 
     def prompt_logprobs(self, index: int) -> Sequence[TokenLogprob]:
         """Of the prompt of a choice, from the prompt's second token on; known with the choice's first output."""
@@ -113,6 +130,21 @@ class Generation:
             }
         return usage
 
+    def fields(self) -> dict[str, Any]:
+        """What a log or a trace tells of it; times in seconds, None for what is not known."""
+        waited = [one.queue_seconds for one in self._streams if one.queue_seconds is not None]
+        fields: dict[str, Any] = {
+            "response_id": self.response_id,
+            "model": self.model,
+            "prompt_tokens": self._prompt_tokens,
+            "cached_tokens": sum(one.cached_tokens for one in self._streams),
+            "generated_tokens": sum(one.generated_tokens for one in self._streams),
+            "finish_reason": ",".join(dict.fromkeys(self._finish_reasons)) or None,
+            "kv_policy": self._kv_policy.name,
+            "queue_seconds": round(min(waited), 6) if waited else None,
+        }
+        return fields if self.transcript is None else {**fields, **self.transcript.fields()}
+
     async def outputs(self) -> Outputs:
         """(choice index, output) of all prompts, as they come.
 
@@ -124,14 +156,20 @@ class Generation:
         pairs = _alone(self._streams[0]) if len(self._streams) == 1 else self._merge()
         async with contextlib.aclosing(pairs):
             async for index, output in pairs:
-                unfinished -= output.finish_reason is not None
+                if self.first_output is None:
+                    self.first_output = time.perf_counter()
+                if output.finish_reason is not None:
+                    unfinished -= 1
+                    self._finish_reasons.append(output.finish_reason)
+                if self.transcript is not None:
+                    self.transcript.add(index, output.text)
                 yield index, output
         if unfinished:  # the engine ends an aborted stream without a word
             raise self._abort_error()
 
     def _abort_error(self) -> ApiError:
         if self._client_left:
-            return ApiError(499, "The client left.")
+            return ApiError(499, "The client left.", code="client_left")
         return ApiError(503, "The server stopped before the answer was complete.", code="aborted")
 
     async def _merge(self) -> Outputs:

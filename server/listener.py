@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 import socket
 import time
@@ -15,7 +16,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from engine.errors import ConfigError
 from server.config import ServerConfig
 from server.errors import error_body
+from server.exchange import new_request_id
+from server.logs import about
 from server.serving import Serving
+
+logger = logging.getLogger("octavo.server")
 
 MAX_HEADER_SIZE = 64 * 1024
 """Bytes of a request's line and headers, at most: the parser itself takes 20 MB and more."""
@@ -24,7 +29,7 @@ _WATCH_PERIOD = 1.0
 _WATCH_PATIENCE = 2
 """Failed looks at the engine's health, a period apart, until the server gives up."""
 
-_LAST_WORDS = 2
+LAST_WORDS = 2
 """Seconds, past the drain timeout, in which stopped requests are told so before their tasks are cancelled."""
 
 
@@ -53,9 +58,12 @@ class Http(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not even HTTP, and hang up."""
+        request_id = new_request_id()
+        logger.debug("malformed HTTP: %s", msg, extra=about(request_id))
         body = json.dumps(error_body(400, msg)).encode()
         head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        head += f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode() + body)
         self.transport.close()
 
 
@@ -163,6 +171,6 @@ def make_server(app: FastAPI, config: ServerConfig, on_ready: Callable[[], None]
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=65,
-        timeout_graceful_shutdown=math.ceil(config.drain_timeout) + _LAST_WORDS,
+        timeout_graceful_shutdown=math.ceil(config.drain_timeout) + LAST_WORDS,
     )
     return Server(settings, app.state.serving, on_ready)

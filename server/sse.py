@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.errors import as_api_error, error_body
+from server.exchange import Exchange
 from server.generation import Generation
 
 DONE = b"data: [DONE]\n\n"
@@ -65,23 +66,27 @@ class EventStream(Response):
         Raises:
             ApiError, OctavoError: there was no first chunk; nothing is sent, so the answer can still say why.
         """
+        exchange = Exchange.of(scope)
+        exchange.generation = self._generation
         async with self._generation.watched(receive), contextlib.aclosing(self._chunks):
             first = await anext(self._chunks)
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            # The client has stopped reading: there is nobody to tell.
-            with contextlib.suppress(TimeoutError):
-                async with contextlib.aclosing(self._guarded(first)) as chunks:
+            try:
+                async with contextlib.aclosing(self._guarded(first, exchange)) as chunks:
                     async for chunk in chunks:
                         async with asyncio.timeout(self._send_timeout):
                             await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
+            except TimeoutError:  # the client has stopped reading: there is nobody to tell
+                exchange.error = "send_timeout"
 
-    async def _guarded(self, first: bytes) -> AsyncGenerator[bytes, None]:
+    async def _guarded(self, first: bytes, exchange: Exchange) -> AsyncGenerator[bytes, None]:
         """The chunks; a failure among them becomes the stream's last event."""
         try:
             yield first
             async for chunk in self._chunks:
                 yield chunk
         except Exception as error:  # noqa: BLE001 — whatever it is, the client is told and the log has it
-            told = as_api_error(error)
+            told = as_api_error(error, exchange.request_id)
+            exchange.error = told.label
             yield event(error_body(told.status, told.message, param=told.param, code=told.code))

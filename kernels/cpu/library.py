@@ -1,7 +1,8 @@
 """Compiling and loading the native library: C++ beside this file, built on the user's machine for its very CPU.
 
-Built once per (sources, compiler, CPU) into a cache folder; about three seconds on two cores. Linked with OpenMP, whose
-runtime torch has loaded already, so native code runs on torch's threads. ctypes releases the GIL during every call.
+Built once per (sources, compiler, CPU) into a cache folder; about three seconds on two cores. Where there is to be no
+compiler, such as in a container, `kernels.cpu.prebuilt` compiles ahead. Linked with OpenMP, whose runtime torch has
+loaded already, so native code runs on torch's threads. ctypes releases the GIL during every call.
 """
 
 import concurrent.futures
@@ -15,9 +16,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from kernels.cpu.levels import find
 from kernels.cpu.native import NativeOps
 
 SOURCES = Path(__file__).parent
+PREBUILT = SOURCES / "prebuilt"
+"""Where libraries that were built ahead lie, if any were."""
+
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-w")
 
 logger = logging.getLogger("octavo.kernels")
@@ -35,11 +40,16 @@ def build(cache_dir: Path, compiler: str = "c++", march: str = "native") -> Path
     Raises OSError or subprocess.SubprocessError if it cannot be built.
     """
     target = cache_dir / f"kernels-{_fingerprint(compiler, march)}.so"
-    if target.exists():
-        return target
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir) as folder:
-        command = [compiler, *FLAGS, f"-march={march}"]
+    if not target.exists():
+        compile_library(target, compiler, f"-march={march}")
+    return target
+
+
+def compile_library(target: Path, compiler: str, *machine: str) -> None:
+    """Compile and link into `target`, which appears whole; `machine` says for which CPUs. Raises as `build`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as folder:
+        command = [compiler, *FLAGS, *machine]
 
         def compile_one(source: Path) -> str:
             compiled = f"{folder}/{source.stem}.o"
@@ -51,13 +61,15 @@ def build(cache_dir: Path, compiler: str = "c++", march: str = "native") -> Path
         linked = f"{folder}/kernels.so"
         _run([*command, "-shared", *compiled, "-o", linked])
         os.replace(linked, target)
-    return target
 
 
-def open_library(cache_dir: Path, compiler: str = "c++", march: str = "native") -> NativeOps | None:
-    """Build and open the library; None, with one line in the log, where that is impossible."""
+def open_library(
+    cache_dir: Path, compiler: str = "c++", march: str = "native", prebuilt: Path = PREBUILT
+) -> NativeOps | None:
+    """Open the library, built ahead or now; None, with one line in the log, where that is impossible."""
     try:
-        return NativeOps(ctypes.CDLL(str(build(cache_dir, compiler, march))))
+        found = find(prebuilt, sources_digest(), cpu_flags()) if march == "native" else None
+        return NativeOps(ctypes.CDLL(str(found or build(cache_dir, compiler, march))))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         stderr = getattr(error, "stderr", None)
         reason = stderr.strip().splitlines()[-1] if stderr and stderr.strip() else str(error)
@@ -97,14 +109,19 @@ def native() -> NativeOps | None:
 
 def _fingerprint(compiler: str, march: str) -> str:
     """What a built library depends on: sources, flags, compiler, and the features of the CPU."""
-    digest = hashlib.sha256(" ".join([*FLAGS, march, platform.machine(), _cpu_flags()]).encode())
-    digest.update(_run([compiler, "--version"]).encode())
+    machine = [sources_digest(), march, platform.machine(), cpu_flags(), _run([compiler, "--version"])]
+    return hashlib.sha256(" ".join(machine).encode()).hexdigest()[:16]
+
+
+def sources_digest() -> str:
+    """What a library depends on wherever it runs: sources and flags."""
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _cpu_flags() -> str:
+def cpu_flags() -> str:
     """The first processor's feature flags as Linux lists them; elsewhere its name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

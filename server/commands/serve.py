@@ -5,10 +5,10 @@ import asyncio
 import gc
 import logging
 import socket
-import sys
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig, add_flags, load_all
+from server import logs
 from server.commands.terminal import TerminalConfig
 from server.config import ServerConfig
 
@@ -30,10 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Load the model, listen, and serve until told to stop."""
     # TerminalConfig is among them so that one file can serve all commands.
     engine_config, config, _ = load_all((EngineConfig, ServerConfig, TerminalConfig), vars(args))
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
-    logging.getLogger("octavo").setLevel(config.log_level.upper())
+    logs.install(config)
 
     from server import listener
 
@@ -45,14 +42,14 @@ def run(args: argparse.Namespace) -> int:
 def _serve(engine_config: EngineConfig, config: ServerConfig, sock: socket.socket) -> int:
     from engine.launch import load_engine
     from server import listener
-    from server.app import create_app
+    from server.app import create_app, listeners_of
     from server.metrics import Metrics
 
-    metrics = Metrics()
+    metrics, listeners = Metrics(), listeners_of(config)
     engine = load_engine(engine_config, metrics)
     for line in engine.info.lines():
         logger.info("%s", line)
-    app = create_app(engine, config, metrics)
+    app = create_app(engine, config, metrics, listeners)
     # What is loaded stays: a full collection that visits it all holds up a step of 1,024 sequences for 100 ms.
     gc.collect()
     gc.freeze()

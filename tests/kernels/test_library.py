@@ -25,7 +25,7 @@ def in_fresh_process(code: str) -> object:
 
 def test_without_a_compiler_there_is_one_line_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "octavo.kernels"):
-        assert library.open_library(tmp_path, compiler="no-such-compiler") is None
+        assert library.open_library(tmp_path, compiler="no-such-compiler", prebuilt=tmp_path) is None
     assert len(caplog.records) == 1
     assert "falling back to torch" in caplog.text
     assert "no-such-compiler" in caplog.text
@@ -36,7 +36,7 @@ def test_a_compiler_that_fails_leaves_no_library_and_says_why(tmp_path: Path, ca
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "fatal: out of luck" >&2\nexit 1\n')
     compiler.chmod(0o755)
     cache = tmp_path / "cache"
-    assert library.open_library(cache, compiler=str(compiler)) is None
+    assert library.open_library(cache, compiler=str(compiler), prebuilt=tmp_path) is None
     assert [record.getMessage().endswith("fatal: out of luck") for record in caplog.records] == [True]
     assert list(cache.iterdir()) == []
 

@@ -64,6 +64,7 @@ class FakeStream:
     generated_tokens: int = 0
     evicted_tokens: int = 0
     kv_slots: int = 0
+    queue_seconds: float | None = None
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.prompt)
@@ -84,6 +85,7 @@ class FakeStream:
             self.engine.open.discard(self)
             raise self.engine.failure
         self.cached_tokens = len(self.prompt) // 16 * 16
+        self.queue_seconds = 0.001
         self.produced += 1
         try:
             output = next(self._outputs)

@@ -1,4 +1,4 @@
-"""The key that every route but the probes asks for, and the request's id."""
+"""The key that every route but the probes asks for."""
 
 from collections.abc import Iterable, Iterator
 
@@ -94,12 +94,3 @@ def test_the_official_client_sends_the_key(locked: Live) -> None:
 
 def test_keys_are_shown_nowhere() -> None:
     assert "secret" not in repr(ServerConfig(api_key="secret"))
-
-
-def test_a_request_id_is_given_back_or_made(live: Live) -> None:
-    given = live.http.get("/version", headers={"x-request-id": "abc-123"})
-    assert given.headers["x-request-id"] == "abc-123"
-    odd = live.http.get("/version", headers={"x-request-id": "a b" * 100}).headers["x-request-id"]
-    made = live.http.get("/version").headers["x-request-id"]
-    assert len(odd) == len(made) == 32
-    assert odd != made

@@ -1,6 +1,7 @@
 """The page that Prometheus reads."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import get_args
@@ -244,10 +245,19 @@ def test_a_queue_of_which_nothing_begins_takes_for_ever() -> None:
     assert throughput.seconds_to_begin(500, 101.0) == math.inf
 
 
-def test_the_page_takes_less_than_five_milliseconds(metrics: Metrics) -> None:
-    metrics.render()
-    fastest = min(_timed(metrics.render) for _ in range(10))
-    assert fastest < 0.005
+def test_a_full_page_under_both_names_takes_less_than_five_milliseconds() -> None:
+    metrics = Metrics()
+    metrics.attach(FakeEngine(), "fake", vllm_names=True)
+    for number in range(2000):
+        seconds = 0.001 * 1.006**number  # every bucket up to 150 s
+        metrics.on_first_token(seconds)
+        metrics.on_inter_token(seconds)
+        metrics.on_tokens(prompt=number, generated=1)
+        metrics.on_eviction(policy=f"policy {number % 20}", tokens=1)
+    times = [_timed(metrics.render) for _ in range(21)]
+    # The machine may be busy with something else: the fastest tells what the page takes, the median that it is usual.
+    assert min(times) < 0.005
+    assert statistics.median(times) < 0.02
 
 
 def _timed(work: Callable[[], object]) -> float:
