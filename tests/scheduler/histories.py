@@ -65,6 +65,18 @@ _requests = st.fixed_dictionaries(
 _FILLER = {"prefix": [], "suffix": [1], "places": 1, "beams": False, "max_tokens": 1, "patience": None}
 
 
+class Observed(TracedScheduler):
+    """Remembers who had to go in a step."""
+
+    def schedule(self, now: float = 0.0) -> ScheduledBatch:
+        self.went: set[Sequence] = set()
+        return super().schedule(now)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.went.add(sequence)
+        super()._preempt(sequence)
+
+
 class Histories(RuleBasedStateMachine):
     """A scheduler, an oracle of its memory, a clock, and every request it was ever given."""
 
@@ -85,7 +97,7 @@ class Histories(RuleBasedStateMachine):
         file, path = tempfile.mkstemp()
         os.close(file)
         self.trace = Path(path)
-        self.scheduler = TracedScheduler(self.config, self.trace)
+        self.scheduler = Observed(self.config, self.trace)
         self.memory = RecordingMemory(self.config.num_blocks, self.config.block_size, self.config.num_host_blocks)
         self.requests: list[Request] = []
         self.expired: list[Request] = []
@@ -157,7 +169,8 @@ class Histories(RuleBasedStateMachine):
         swapped = [sequence for sequence in self.live() if sequence.host_table]
         waited = {sequence for sequence in self.live() if sequence.status is Status.WAITING}
         self.pending = self.scheduler.schedule(self.now)
-        if self.pending.num_preempted and not all(item.sequence in waited for item in self.pending.items):
+        came = waited.union(self.scheduler.went)
+        if self.pending.num_preempted and not all(item.sequence in came for item in self.pending.items):
             assert not any(item.sequence in waited for item in self.pending.items), "one came while another had to go"
         self.check_step(self.pending)
         self.check_who_began([request for request in unbegun if request.cached_tokens is not None])
