@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.beam_search import BeamParams
+from engine.grammar import Grammar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,10 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: no log-probabilities. k: those of the sampled token and of the k most likely ones."""
+
+    grammar: Grammar | None = None
+    """What the text must match, from its first token to its last. It ends with "stop" as soon as nothing may follow,
+    also before ``min_tokens``; max_tokens and stop strings may end it earlier. Not together with ``beams``."""
 
     beams: BeamParams | None = None
     """Search for the ``n`` most likely outputs with ``best_of`` beams instead of sampling them: the fields from
