@@ -1,7 +1,8 @@
 """Where one continuation stands in its grammar: which tokens may come next, and whether it is complete."""
 
+import re
 import time
-from typing import Self
+from typing import Final, Self
 
 import llguidance
 
@@ -9,6 +10,8 @@ _CREDIT = 1.0
 """Seconds of a core that a continuation's masks may take in all, plus ``_SECONDS_PER_TOKEN`` for each of its tokens."""
 _SECONDS_PER_TOKEN = 0.01
 """A JSON schema's mask takes 0.03 ms on average, measured on SmolLM2's 49,152 tokens; a hostile grammar's takes 500."""
+
+_QUOTED: Final = re.compile(r"\n\s*\d+ \| ")
 
 
 class GrammarMatcher:
@@ -55,5 +58,5 @@ class GrammarMatcher:
 
 
 def one_line(message: str) -> str:
-    """An error message of the library as part of a line."""
-    return " ".join(message.removesuffix("<non-verbose/>").split())[:300]
+    """An error message of the library as part of a line, without the grammar that it quotes line by line."""
+    return " ".join(_QUOTED.split(message.removesuffix("<non-verbose/>"), maxsplit=1)[0].split())[:300]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.beam_search import BeamParams
 from engine.errors import InvalidRequestError
+from engine.grammar import Grammar
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
 
 def sampling_params(
-    body: "SamplingBody", serving: "Serving", *, max_tokens: int, logprobs: int | None
+    body: "SamplingBody", serving: "Serving", *, max_tokens: int, logprobs: int | None, grammar: Grammar | None
 ) -> SamplingParams:
     """The parameters that a request asks for; what it leaves open comes from the checkpoint, then from OpenAI.
 
@@ -44,6 +45,7 @@ def sampling_params(
         n=body.n or 1,
         best_of=body.best_of,
         beams=beams,
+        grammar=grammar,
         max_tokens=max_tokens,
         logprobs=logprobs,
         logit_bias=bias,
