@@ -18,6 +18,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from engine.errors import InvalidRequestError
 from engine.grammar import Grammar, GrammarKind
 from engine.grammar_matcher import GrammarMatcher, one_line
+from engine.grammar_vocabulary import GrammarVocabulary
 from engine.tokenizer import Tokenizer
 
 MAX_GRAMMAR_LENGTH: Final[dict[GrammarKind, int]] = {
@@ -33,8 +34,8 @@ free of that, and of those in Lark only a client's own are long."""
 _STACK_BYTES: Final = 256 << 20
 """Of the compiling thread; only what is used of it is ever real. A level of recursion takes up to 10 kB, and 20
 characters of text."""
-_CACHED: Final = 64
-"""Grammars that are kept; a large one takes some tens of MB."""
+_CACHED: Final = 32
+"""Grammars that are kept, the last used."""
 _WHITESPACE: Final = r"[ \t\r\n]{1,32}"
 """Between JSON's parts, at most. Without an end to it a small model goes on indenting until its tokens are used up."""
 
@@ -46,7 +47,7 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._ends = sorted(token for token in tokenizer.eos_token_ids if token < vocab_size)
-        self._compiled: OrderedDict[Grammar, GrammarMatcher] = OrderedDict()
+        self._compiled: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
         self._thread: ThreadPoolExecutor | None = None
 
     async def compile(self, grammar: Grammar) -> None:
@@ -54,9 +55,11 @@ class GrammarCompiler:
 
         Raises InvalidRequestError if it is too long, wrong, or too complex, or if nothing matches it.
         """
-        if grammar not in self._compiled:
-            matcher = await asyncio.get_running_loop().run_in_executor(self._worker(), self._compile, grammar)
-            self._compiled[grammar] = matcher
+        if grammar in self._compiled:
+            self._compiled.move_to_end(grammar)
+        else:
+            compiled = await asyncio.get_running_loop().run_in_executor(self._worker(), self._compile, grammar)
+            self._compiled[grammar] = compiled
             while len(self._compiled) > _CACHED:
                 self._compiled.popitem(last=False)
 
@@ -65,7 +68,7 @@ class GrammarCompiler:
         if grammar not in self._compiled:
             self._compiled[grammar] = self._worker().submit(self._compile, grammar).result()
         self._compiled.move_to_end(grammar)
-        return [self._compiled[grammar].fork() for _ in range(count)]
+        return [GrammarMatcher(self._compiled[grammar]) for _ in range(count)]
 
     def prepare(self) -> None:
         """Do now what the first grammar would have to wait for. It takes half a second, and no other thread runs."""
@@ -88,7 +91,7 @@ class GrammarCompiler:
                 threading.stack_size(size)
         return self._thread
 
-    def _compile(self, grammar: Grammar) -> GrammarMatcher:
+    def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
         limit = MAX_GRAMMAR_LENGTH[grammar.kind]
         if len(grammar.text) > limit:
             raise _refusal(f"its {len(grammar.text)} characters are more than {limit}")
@@ -98,34 +101,16 @@ class GrammarCompiler:
             compiled = llguidance.LLMatcher(self._vocabulary, _source(grammar), log_level=0, limits=_limits())
         except (ValueError, RecursionError) as error:
             raise _refusal(one_line(str(error))) from None
-        matcher = GrammarMatcher(compiled)
-        # The first mask is the same for all; it also shows that something matches at all.
-        matcher.mask()
+        compiled.compute_bitmask()  # the same for all that begin, and the proof that something matches at all
         if compiled.is_error():
             impossible = "NoExtension" in compiled.get_error()
             raise _refusal("no text can match" if impossible else one_line(compiled.get_error()))
-        if matcher.failure is not None:
-            raise _refusal(matcher.failure)
-        return matcher
+        return compiled
 
     @cached_property
     def _vocabulary(self) -> llguidance.LLTokenizer:
-        words = _Words(self._tokenizer, self._vocab_size, self._ends[0])
+        words = GrammarVocabulary(self._tokenizer, self._vocab_size, self._ends[0])
         return llguidance.LLTokenizer(llguidance.TokenizerWrapper(words), eos_token=self._ends)
-
-
-class _Words:
-    """A tokenizer as the library takes it: every token's bytes, exactly as they become text here."""
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int) -> None:
-        self._tokenizer = tokenizer
-        self.eos_token_id = eos_token_id
-        self.bos_token_id = tokenizer.bos_token_id
-        self.tokens = [tokenizer.token_bytes(token) for token in range(max(vocab_size, tokenizer.vocab_size))]
-        self.special_token_ids = sorted(tokenizer.special_token_ids)
-
-    def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False)
 
 
 def _limits() -> llguidance.LLParserLimits:

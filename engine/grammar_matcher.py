@@ -2,7 +2,7 @@
 
 import re
 import time
-from typing import Final, Self
+from typing import Final
 
 import llguidance
 
@@ -20,23 +20,20 @@ class GrammarMatcher:
     One thread at a time uses it. Nothing here raises: what goes wrong is in ``failure``, and ends the request.
     """
 
-    __slots__ = ("_matcher", "_num_tokens", "_seconds", "failure")
+    __slots__ = ("_beginning", "_matcher", "_num_tokens", "_seconds", "failure")
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, beginning: llguidance.LLMatcher) -> None:
+        self._beginning = beginning
+        self._matcher: llguidance.LLMatcher | None = None
         self._num_tokens = 0
         self._seconds = 0.0
         self.failure: str | None = None
         """Why the grammar cannot be followed any further, in words for the client."""
 
-    def fork(self) -> Self:
-        """Another one at the same place; what has been found out about the grammar is shared."""
-        return type(self)(self._matcher.deep_copy())
-
     @property
     def complete(self) -> bool:
         """Whether nothing may follow: the text is whole."""
-        return self.failure is None and self._matcher.is_stopped()
+        return self.failure is None and self._matcher is not None and self._matcher.is_stopped()
 
     def mask(self) -> bytes:
         """Which tokens may come next: one bit per token, the lowest first, padded to a multiple of 4 bytes.
@@ -44,6 +41,8 @@ class GrammarMatcher:
         The end of text is among them where the grammar accepts, and the only one where it has failed.
         """
         began = time.thread_time()
+        if self._matcher is None:  # copied here and not before: a large one takes a millisecond, and n may be 128
+            self._matcher = self._beginning.deep_copy()
         mask = self._matcher.compute_bitmask()
         self._seconds += time.thread_time() - began
         if self._seconds > _CREDIT + _SECONDS_PER_TOKEN * self._num_tokens:
@@ -52,6 +51,7 @@ class GrammarMatcher:
 
     def accept(self, token: int) -> None:
         """Go on by a token that the last mask allowed."""
+        assert self._matcher is not None
         self._num_tokens += 1
         if self.failure is None and not self._matcher.consume_token(token):
             self.failure = one_line(self._matcher.get_error())

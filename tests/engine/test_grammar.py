@@ -12,13 +12,14 @@ from typing import Any
 import jsonschema
 import pytest
 
-from engine import grammar_matcher
+from engine import grammar_compiler, grammar_matcher
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import InvalidRequestError
 from engine.grammar import Grammar
 from engine.grammar_compiler import GrammarCompiler
 from engine.launch import LoadedModel, assemble, load_model
+from engine.models.decoder import Decoder
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from tests.engine.checkpoints import byte_tokenizer, random_model, save
@@ -241,7 +242,7 @@ async def test_others_are_served_while_a_grammar_is_compiled(
     engine, gate = engine_of(tiny), threading.Event()
     compiled = GrammarCompiler._compile
 
-    def slow(self: GrammarCompiler, grammar: Grammar) -> grammar_matcher.GrammarMatcher:
+    def slow(self: GrammarCompiler, grammar: Grammar) -> object:
         assert gate.wait(10)
         return compiled(self, grammar)
 
@@ -285,6 +286,39 @@ async def test_a_grammar_that_takes_too_long_ends_its_own_request_only(
     assert engine.stats().used_blocks == 0
     assert engine.is_healthy()
     await engine.stop()
+
+
+def test_masks_are_computed_while_the_model_computes(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    masked = threading.Event()
+    mask, forward = grammar_matcher.GrammarMatcher.mask, Decoder.__call__
+
+    def mask_and_say_so(self: grammar_matcher.GrammarMatcher) -> bytes:
+        masked.set()
+        return mask(self)
+
+    def forward_that_waits_for_it(*arguments: Any) -> Any:
+        assert masked.wait(5)
+        masked.clear()
+        return forward(*arguments)
+
+    monkeypatch.setattr(grammar_matcher.GrammarMatcher, "mask", mask_and_say_so)
+    monkeypatch.setattr(Decoder, "__call__", forward_that_waits_for_it)
+    assert answer(tiny, choice("abc")).text[0] == "abc"
+
+
+def test_the_masks_of_many_rows_are_their_own(tiny: LoadedModel) -> None:
+    texts = [f"{number:03}" for number in range(90)]
+    answers = generate(tiny, [PROMPT] * 90, [constrained(choice(text)) for text in texts], max_num_seqs=90)
+    assert [one.text[0] for one in answers] == texts
+
+
+def test_the_grammars_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_compiler, "_CACHED", 2)
+    compiler = GrammarCompiler(Tokenizer(byte_tokenizer(), eos_token_ids=frozenset({END})), 320)
+    for text in "abaca":
+        asyncio.run(compiler.compile(choice(text)))
+    assert list(compiler._compiled) == [choice("c"), choice("a")]
+    compiler.close()
 
 
 # Fuzz
