@@ -133,12 +133,13 @@ async def _chunks(job: Job) -> AsyncGenerator[bytes, None]:
         if not begun[index]:
             begun[index] = True
             chunk = frame.choice(index, _ROLE, None) + chunk
-        yield chunk
+        if chunk:
+            yield chunk
     yield frame.last(job.generation.usage)
 
 
 def _tool_deltas(tools: ToolUse, parser: ToolCallParser, output: Output) -> list[str]:
-    """The deltas that tell what an output adds, each as JSON without its braces; a last, empty one says no more."""
+    """The deltas that tell what an output adds, each as JSON without its braces; an empty one carries something else."""
     pieces = parser.push(tools.text(output))
     if output.finish_reason is not None:
         pieces += parser.finish()
@@ -146,4 +147,5 @@ def _tool_deltas(tools: ToolUse, parser: ToolCallParser, output: Output) -> list
         f'"content": {quote(piece)}' if isinstance(piece, str) else f'"tool_calls": [{json.dumps(call_delta(piece))}]'
         for piece in pieces
     ]
-    return [*deltas, ""] if output.finish_reason is not None or not deltas else deltas
+    carries = output.finish_reason is not None or (output.logprobs and not deltas)
+    return [*deltas, ""] if carries else deltas

@@ -132,6 +132,7 @@ def test_a_stream_tells_the_name_first_and_the_arguments_in_pieces(wide: Live) -
             assert "".join(one.function.arguments for one in rest) == '{"city": "Paris"}'
         assert [one.finish_reason for one in own if one.finish_reason] == ["tool_calls"]
         assert own[-1].finish_reason
+        assert all(one.finish_reason or one.logprobs or one.delta.model_dump(exclude_none=True) for one in own)
         counted = [token for one in own if one.logprobs for token in one.logprobs.content]
         assert len(counted) == len(f"Well: {CALL}\n{CALL}"), "each token's log-probability once"
 
