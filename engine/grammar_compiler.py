@@ -28,8 +28,8 @@ MAX_GRAMMAR_LENGTH: Final[dict[GrammarKind, int]] = {
     "choice": 2**16,
     "lark": 2**17,
 }
-"""Characters. What compiling a regular expression takes grows with the square of its length; a schema's patterns are
-free of that, and of those in Lark only a client's own are long."""
+"""Characters. What compiling a regular expression takes grows with the square of its length, and nothing else limits
+it: who takes schemas and grammars from strangers has to look at the regular expressions in them."""
 
 _STACK_BYTES: Final = 256 << 20
 """Of the compiling thread; only what is used of it is ever real. A level of recursion takes up to 10 kB, and 20

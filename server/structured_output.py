@@ -1,10 +1,10 @@
 """What a client demands of the text's form: OpenAI's ``response_format``, and the names that vLLM made common."""
 
 from collections.abc import Sequence
-from json import dumps
+from json import dumps, loads
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from engine.errors import InvalidRequestError
 from engine.grammar import Grammar
@@ -16,18 +16,43 @@ if TYPE_CHECKING:
 MAX_CHOICE_TEXTS = 1024
 MAX_PATTERN_LENGTH = 4096
 """Characters of a regular expression."""
+MAX_PATTERNS_LENGTH = 8192
+"""Characters of all regular expressions in a schema."""
 MAX_RULES_LENGTH = 16384
 """Characters of a grammar."""
 
 
 def _schema(value: object) -> object:
-    if not (value is None or isinstance(value, dict | str)):
-        raise ValueError("must be a JSON schema, or its text")
+    """The schema, also where its text was given."""
+    if isinstance(value, str):
+        try:
+            value = loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError("is text, but not JSON") from None
+    if not (value is None or isinstance(value, dict)):
+        raise ValueError("must be a JSON schema that is an object, or its text")
+    check_patterns(value)
     return value
 
 
+def check_patterns(schema: object) -> None:
+    """Raise ValueError if a schema's regular expressions are too long: their compilation has no other limit."""
+    length, rest = 0, [schema]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, list):
+            rest.extend(value)
+        elif isinstance(value, dict):
+            rest.extend(value.values())
+            named = value.get("patternProperties")
+            found = [value.get("pattern"), *(named if isinstance(named, dict) else ())]
+            length += sum(len(one) for one in found if isinstance(one, str))
+    if length > MAX_PATTERNS_LENGTH:
+        raise ValueError(f"its patterns have more than {MAX_PATTERNS_LENGTH} characters together")
+
+
 Schema = Annotated[
-    dict[str, Any] | str,
+    dict[str, Any],
     PlainValidator(_schema),
     WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]}),
 ]
@@ -41,7 +66,7 @@ class JsonSchemaFormat(Body):
     """A schema as OpenAI wraps it."""
 
     name: Name | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[dict[str, Any], AfterValidator(_schema), Field(alias="schema")]
     strict: bool | None = None
 
 
@@ -63,7 +88,7 @@ class ResponseFormat(Body):
         if self.json_schema is None:
             return Grammar("json_object") if self.type == "json_object" else None
         schema = self.json_schema.schema_
-        return json_schema(schema if self.json_schema.strict else lenient(schema))
+        return json_schema(schema, lenient=not self.json_schema.strict)
 
 
 class StructuredOutputs(Body):
@@ -141,12 +166,11 @@ def _grammars(
     return {name: one for name, one in found.items() if one is not None}
 
 
-def json_schema(schema: Schema) -> Grammar:
-    """The grammar of a schema, or of its text."""
-    return Grammar("json_schema", schema if isinstance(schema, str) else dumps(schema))
+def json_schema(schema: Schema, *, lenient: bool = False) -> Grammar:
+    """The grammar of a schema; if ``lenient``, of what can be enforced of it."""
+    return Grammar("json_schema", dumps(with_options(schema, lenient=lenient)))
 
 
-def lenient(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema without what cannot be enforced in it: what is not strict is kept as far as possible."""
-    options = schema.get("x-guidance")
-    return {**schema, "x-guidance": {"lenient": True, **(options if isinstance(options, dict) else {})}}
+def with_options(schema: Schema, **options: object) -> Schema:
+    """The schema with llguidance's options for it. A client's own are dropped: their patterns would have no limits."""
+    return {**schema, "x-guidance": options}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.grammar import Grammar
-from server.structured_output import lenient
+from server.structured_output import with_options
 from server.tools import Tool
 
 MOST_FORCED_CALLS: Final = 16
@@ -97,5 +97,5 @@ def _arguments_schema(tool: Tool) -> dict[str, Any]:
     """The schema of a call's arguments, which are an object."""
     given = tool.function.parameters
     schema = {"properties": {}, "additionalProperties": False} if given is None else given
-    schema = {"x-guidance": {"whitespace_pattern": _ARGUMENTS_WHITESPACE}, "type": "object", **schema}
-    return schema if tool.function.strict else lenient(schema)
+    schema = {"type": "object", **schema}
+    return with_options(schema, lenient=not tool.function.strict, whitespace_pattern=_ARGUMENTS_WHITESPACE)

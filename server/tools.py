@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema
 
 from server.body import MAX_NAME_LENGTH, Body, Name
+from server.structured_output import check_patterns
 
 MAX_TOOLS = 128
 MAX_TOOLS_LENGTH = 65536
@@ -86,6 +87,7 @@ def _tools(tools: list[Tool] | None) -> list[Tool] | None:
         raise ValueError("two tools have the same name")
     if sum(len(json.dumps(tool.described())) for tool in tools or ()) > MAX_TOOLS_LENGTH:
         raise ValueError(f"all tools together have at most {MAX_TOOLS_LENGTH} characters")
+    check_patterns([tool.function.parameters for tool in tools or ()])
     return tools
 
 

@@ -139,7 +139,7 @@ async def _chunks(job: Job) -> AsyncGenerator[bytes, None]:
 
 
 def _tool_deltas(tools: ToolUse, parser: ToolCallParser, output: Output) -> list[str]:
-    """The deltas that tell what an output adds, each as JSON without its braces; an empty one carries something else."""
+    """The deltas that tell what an output adds, each as JSON without its braces; an empty one carries other fields."""
     pieces = parser.push(tools.text(output))
     if output.finish_reason is not None:
         pieces += parser.finish()

@@ -76,6 +76,14 @@ def test_what_cannot_be_enforced_is_let_pass_unless_the_schema_is_strict(stage: 
     assert "Unimplemented keys" in answer.json()["error"]["message"]
 
 
+def test_a_clients_own_options_for_the_library_are_dropped(stage: Stage) -> None:
+    """Their patterns would have no limits: one of 100 kB takes the compiler minutes."""
+    body = {"prompt": "x", "guided_json": {**PERSON, "x-guidance": {"key_separator": "=", "lenient": True}}}
+    (choice,) = stage.live.http.post("/v1/completions", json=body).json()["choices"]
+    assert choice["text"] == '{"name":"Ada","born":3}'[: len(choice["text"])]
+    assert "=" not in choice["text"]
+
+
 def test_a_text_that_is_cut_off_says_so(stage: Stage) -> None:
     body = {"prompt": "x", "max_tokens": 5, "guided_json": PERSON}
     (choice,) = stage.live.http.post("/v1/completions", json=body).json()["choices"]
