@@ -24,6 +24,7 @@ from engine.errors import (
     OutOfMemoryError,
     RequestTimeoutError,
 )
+from engine.grammar_compiler import GrammarCompiler
 from engine.kv_policies.policy import KVPolicy
 from engine.memory import is_out_of_memory
 from engine.model_runner import ModelRunner
@@ -100,6 +101,7 @@ class AsyncEngine:
         self._scheduler = scheduler
         self._checks = RequestChecks(info, tokenizer, scheduler)
         self._runner = runner
+        self.grammars = GrammarCompiler(tokenizer, info.vocab_size)
         self._states: dict[str, RequestState] = {}
         self._seeds = random.Random(config.seed)
         self._wake = asyncio.Event()
@@ -137,6 +139,7 @@ class AsyncEngine:
             self._task = None
         for state in list(self._states.values()):
             self._abort(state)
+        self.grammars.close()
         self._scheduler.close()
 
     def submit(
@@ -155,7 +158,8 @@ class AsyncEngine:
 
         ``priority`` and ``tenant`` count under the orders that know them (--scheduling); after ``timeout`` seconds
         the request ends with a RequestTimeoutError, wherever it is. ``kv_policy`` says which tokens keep their KV; the
-        engine's own (--kv-policy) by default.
+        engine's own (--kv-policy) by default. Where ``params`` has a grammar, await ``grammars.compile`` before, or
+        everybody waits while it is compiled here.
 
         Raises InvalidRequestError if the request can never be served, EngineDeadError if the engine has failed.
         """
@@ -175,9 +179,10 @@ class AsyncEngine:
             tenant=tenant,
             deadline=None if timeout is None else now + timeout,
         )
+        matchers = [] if params.grammar is None else self.grammars.matchers(params.grammar, params.width)
         stream = RequestStream(request_id, len(prompt), lambda: self._abort(state))
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
-        state = RequestState(request, params, policy, seed, self.tokenizer, stream)
+        state = RequestState(request, params, policy, seed, self.tokenizer, stream, matchers)
         self._states[request_id] = state
         self._scheduler.add(request, now)
         self._wake.set()
@@ -343,13 +348,24 @@ class AsyncEngine:
         now = time.perf_counter()
         for new in appended:
             request_id = new.sequence.request.request_id
-            state = self._states[request_id]
-            if state.deliver(new.sequence, samples[new.item][new.sample], now, self.observer):
+            state = self._states.get(request_id)
+            if state is None:  # another of its continuations has just failed
+                continue
+            failure = state.grammar_failure(new.sequence)
+            if failure is not None:
+                self._refuse(state, InvalidRequestError(f"the output could not be constrained to the end: {failure}"))
+            elif state.deliver(new.sequence, samples[new.item][new.sample], now, self.observer):
                 self._scheduler.finish(new.sequence, "stop")
             if state.ended:
-                del self._states[request_id]
+                self._states.pop(request_id, None)
         found = self._advance_beams(batch, samples, now)
         self._observe_step(batch, len(appended) + found)
+
+    def _refuse(self, state: RequestState, error: InvalidRequestError) -> None:
+        """End a request that cannot go on as its client asked."""
+        del self._states[state.request.request_id]
+        self._scheduler.abort(state.request)
+        state.end("error", self.observer, error)
 
     def _advance_beams(self, batch: ScheduledBatch, samples: list[list[Sample]], now: float) -> int:
         """Let the beam searches of the step go on; returns the tokens of those that ended."""

@@ -1,8 +1,8 @@
-"""What a request changes about its logits before a token is chosen: bias, penalties, tokens forbidden for now."""
+"""What a request changes about its logits before a token is chosen: bias, penalties, what is forbidden here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     from engine.sampler import SampleRow
 
 
-def adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """logits [R, vocab] → the same tensor if no row wants a change, else a changed float32 copy."""
-    changed = [index for index, row in enumerate(rows) if _wants_change(row)]
+def adjust(logits: Tensor, rows: Sequence[SampleRow], allowed: Mapping[int, Tensor]) -> Tensor:
+    """logits [R, vocab] → the same tensor if no row wants a change, else a changed float32 copy.
+
+    ``allowed`` by row, [vocab] bool each: the tokens that a grammar leaves.
+    """
+    changed = [index for index, row in enumerate(rows) if index in allowed or _wants_change(row)]
     if not changed:
         return logits
     logits = logits.float() if logits.dtype != torch.float32 else logits.clone()
     for index in changed:
-        _adjust_row(logits[index], rows[index])
+        _adjust_row(logits[index], rows[index], allowed.get(index))
     return logits
 
 
@@ -29,7 +32,7 @@ def _wants_change(row: SampleRow) -> bool:
     return bool(params.logit_bias or penalized or row.num_output_tokens < params.min_tokens)
 
 
-def _adjust_row(logits: Tensor, row: SampleRow) -> None:
+def _adjust_row(logits: Tensor, row: SampleRow, allowed: Tensor | None) -> None:
     """Change logits [vocab] in place."""
     params = row.params
     if params.repetition_penalty != 1.0:
@@ -46,7 +49,17 @@ def _adjust_row(logits: Tensor, row: SampleRow) -> None:
         ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=logits.device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
     if row.num_output_tokens < params.min_tokens and row.stop_token_ids:
-        logits[torch.tensor(sorted(row.stop_token_ids), device=logits.device)] = -torch.inf
+        logits[_early_stops(row, allowed, logits.device)] = -torch.inf
+    if allowed is not None:
+        logits.masked_fill_(~allowed, -torch.inf)
+
+
+def _early_stops(row: SampleRow, allowed: Tensor | None, device: torch.device) -> Tensor:
+    """The ids that would end the row before ``min_tokens``; none if its grammar leaves nothing else."""
+    stops = torch.tensor(sorted(row.stop_token_ids), device=device)
+    if allowed is not None and allowed.sum() == allowed[stops].sum():
+        return stops[:0]
+    return stops
 
 
 def _counts(row: SampleRow, first: int, logits: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from engine.models.decoder import Decoder
 from engine.outputs import TokenLogprob
 from engine.prompt_logprobs import score_prompts
 from engine.sampler import Sample, SampleRow, sample
+from engine.token_masks import TokenMasks
 from scheduler.batch import ScheduledBatch
 
 
@@ -34,6 +35,7 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self._device = model.embedding.device
+        self._masks = TokenMasks(model.config.vocab_size)
 
     @torch.inference_mode()
     def execute(
@@ -52,6 +54,7 @@ class ModelRunner:
         compact(self.cache, [(one, policies[one.sequence.request.request_id]) for one in batch.compactions])
         if not batch.items:
             return StepResult([])
+        masks = self._masks.begin([row.matcher for row in rows])
         forward = ForwardBatch.build(batch.items, self.cache.block_size, self._device, policies)
         logits = self.model(forward, self.cache)
         scores = score_prompts(logits[: forward.num_scored], batch.items, prompt_logprobs) if forward.num_scored else {}
@@ -59,5 +62,9 @@ class ModelRunner:
         if len(rows) > len(logits):  # a prompt forks: each continuation draws from the same logits
             repeats = torch.tensor([item.num_samples for item in batch.items if item.num_samples > 0])
             logits = logits.repeat_interleave(repeats.to(self._device), dim=0)
-        samples = iter(sample(logits, rows) if rows else [])
-        return StepResult([list(islice(samples, item.num_samples)) for item in batch.items], scores)
+        samples = sample(logits, rows, masks.result(self._device)) if rows else []
+        for row, one in zip(rows, samples, strict=True):
+            if row.matcher is not None:
+                row.matcher.accept(one.token)
+        rest = iter(samples)
+        return StepResult([list(islice(rest, item.num_samples)) for item in batch.items], scores)

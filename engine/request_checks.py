@@ -54,6 +54,8 @@ class RequestChecks:
             raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
         if params.min_tokens > max_tokens:
             raise InvalidRequestError(f"min_tokens is more than max_tokens ({max_tokens})", param="min_tokens")
+        if params.grammar is not None and params.beams is not None:
+            raise InvalidRequestError("a beam search cannot follow a grammar", param="use_beam_search")
         self._check_ids(params.logit_bias, "logit_bias")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
         for places, param in ((1, "max_tokens"), (params.width, "n" if params.best_of is None else "best_of")):

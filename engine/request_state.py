@@ -3,10 +3,12 @@
 import asyncio
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 from engine.beam_progress import BeamProgress
 from engine.beam_search import Hypothesis
 from engine.errors import OctavoError
+from engine.grammar_matcher import GrammarMatcher
 from engine.kv_policies.policy import KVPolicy
 from engine.observer import EngineObserver, RequestRecord
 from engine.outputs import Output, TokenLogprob
@@ -66,11 +68,12 @@ class RequestStream:
 class Continuation:
     """One of the request's answers: its text so far, how likely it is, and when its tokens came."""
 
-    __slots__ = ("first_token", "held", "index", "last_token", "num_tokens", "open", "text", "total_logprob")
+    __slots__ = ("first_token", "held", "index", "last_token", "matcher", "num_tokens", "open", "text", "total_logprob")
 
-    def __init__(self, index: int, text: TextStream) -> None:
+    def __init__(self, index: int, text: TextStream, matcher: GrammarMatcher | None) -> None:
         self.index = index
         self.text = text
+        self.matcher = matcher
         self.open = True
         self.held: list[Output] = []
         """What waits for the decision whether it is among the best."""
@@ -91,6 +94,7 @@ class RequestState:
         seed: int,
         tokenizer: Tokenizer,
         stream: RequestStream,
+        matchers: Seq[GrammarMatcher] = (),
     ) -> None:
         self.request = request
         self.policy = policy
@@ -100,7 +104,10 @@ class RequestState:
         self._seed = seed
         self._arrival = time.perf_counter()
         count = params.n if params.beams else params.width
-        self._continuations = [Continuation(i, TextStream(tokenizer, params.stop)) for i in range(count)]
+        texts = [TextStream(tokenizer, params.stop) for _ in range(count)]
+        self._continuations = [
+            Continuation(index, text, matchers[index] if matchers else None) for index, text in enumerate(texts)
+        ]
         self.beams: BeamProgress | None = None
         if params.beams is not None:
             self.beams = BeamProgress(request, params.beams, num_top=params.logprobs or 0)
@@ -145,18 +152,25 @@ class RequestState:
                 num_prompt_tokens=self.request.num_prompt_tokens,
                 stop_token_ids=self.request.stop.stop_token_ids,
                 num_candidates=0 if self.beams is None else self.beams.num_candidates,
+                matcher=None if self.beams is not None else self._continuations[index].matcher,
             )
             for index in range(sequence.index, sequence.index + num_samples)
         ]
 
+    def grammar_failure(self, sequence: Sequence) -> str | None:
+        """Why a sequence's grammar cannot be followed any further, if so."""
+        matcher = self._continuations[sequence.index].matcher
+        return None if matcher is None else matcher.failure
+
     def deliver(self, sequence: Sequence, sample: Sample, now: float, observer: EngineObserver) -> bool:
-        """Send a token's output on. True if its text completed a stop string, so that the sequence must end."""
+        """Send a token's output on. True if its text is complete by a stop string or its grammar: it must end."""
         continuation = self._continuations[sequence.index]
         self._observe_token(continuation, now, observer)
         self.stream.generated_tokens += 1
         may_stop = continuation.num_tokens > self._params.min_tokens
         piece = continuation.text.push(sample.token, may_stop=may_stop)
-        text, reason = piece.text, sequence.finish_reason
+        complete = continuation.matcher is not None and continuation.matcher.complete
+        text, reason = piece.text, "stop" if complete else sequence.finish_reason
         stop_reason: int | str | None = piece.stop
         if piece.stop is not None:
             reason = "stop"
@@ -173,7 +187,7 @@ class RequestState:
             logprobs = self._asked((sample.logprob,))
         output = Output(continuation.index, text, (sample.token,), logprobs, reason, stop_reason)
         self._send(continuation, output, now, observer)
-        return piece.stop is not None
+        return complete or piece.stop is not None
 
     def observe_beams(self, now: float, observer: EngineObserver) -> None:
         """Note that every beam got a token."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.beam_search import BeamParams
+from engine.grammar import Grammar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """None: none. k: those of each prompt token but the first, and of the k most likely ones in its place. The whole
     prompt is computed then; nothing of it comes from the prefix cache."""
+
+    grammar: Grammar | None = None
+    """What the text must match, from its first token to its last. It ends with "stop" as soon as nothing may follow,
+    also before ``min_tokens``; max_tokens and stop strings may end it earlier. Not together with ``beams``."""
 
     beams: BeamParams | None = None
     """Search for the ``n`` most likely outputs with ``best_of`` beams instead of sampling them: the fields from

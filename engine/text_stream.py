@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from engine.tokenizer import Tokenizer
 
 
-def _held_back(text: str, stops: tuple[str, ...]) -> int:
+def held_back(text: str, stops: tuple[str, ...]) -> int:
     """The length of the longest end of ``text`` that is the beginning of a stop string."""
     longest = min(len(text), max(map(len, stops), default=1) - 1)
     for length in range(longest, 0, -1):
@@ -48,6 +48,6 @@ class TextStream:
             position, stop = min(found, key=lambda hit: hit[0])
             self._pending = ""
             return TextPiece(text[:position], stop)
-        keep = len(text) - _held_back(text, self._stops)
+        keep = len(text) - held_back(text, self._stops)
         self._pending = text[keep:]
         return TextPiece(text[:keep])

@@ -3,13 +3,14 @@
 import json
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.outputs import TokenLogprob
+from engine.outputs import Output, TokenLogprob
 from server.exchange import Exchange
 from server.generation import Generation
 
@@ -28,8 +29,10 @@ class Choice:
         return "".join(self.texts)
 
 
-async def collect(generation: Generation, count: int, request: Request) -> list[Choice]:
-    """All ``count`` choices, complete.
+async def collect(
+    generation: Generation, count: int, request: Request, text_of: Callable[[Output], str] = lambda output: output.text
+) -> list[Choice]:
+    """All ``count`` choices, complete; ``text_of`` says what an output adds to its choice's text.
 
     Raises:
         ApiError: the client left (499) or the server stopped (503) before the end.
@@ -40,7 +43,7 @@ async def collect(generation: Generation, count: int, request: Request) -> list[
     async with generation.watched(request.receive):
         async for index, output in generation.outputs():
             choice = choices[index]
-            choice.texts.append(output.text)
+            choice.texts.append(text_of(output))
             choice.logprobs.extend(output.logprobs)
             choice.finish_reason = output.finish_reason
     return choices

@@ -19,6 +19,7 @@ from server.observation import Listener, ObservationMiddleware
 from server.routes import chat, completions, status, tokens
 from server.serving import Serving
 from server.standing import Tenants
+from server.tool_format import choose_format
 from server.tracing import exporting_to, trace_requests
 from server.version import version
 
@@ -51,13 +52,15 @@ def create_app(
     names = config.served_model_name or (engine.model_name,)
     metrics.attach(engine, names[0], vllm_names=config.metrics_compat)
 
+    template = _template(engine, config)
     app = FastAPI(title="Octavo", version=version(), redoc_url=None)
     app.state.serving = serving = Serving(
         engine=engine,
         config=config,
         metrics=metrics,
         model_names=names,
-        template=_template(engine, config),
+        template=template,
+        tool_format=choose_format(config.tool_parser, None if template is None else template.source),
         tenants=Tenants(config),
         created=int(time.time()),
     )

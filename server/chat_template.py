@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -50,8 +50,10 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+        self.source = source
         try:
             self._template = environment.from_string(source)
+            self.knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         except TemplateError as error:
             raise ConfigError(f"the chat template is not valid: {error}") from error
 
@@ -61,8 +63,9 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """The conversation's text, its special tokens spelled out.
+        """The conversation's text, its special tokens spelled out. Only a template that ``knows_tools`` shows them.
 
         Raises:
             InvalidRequestError: the template refuses the conversation, or cannot work with the variables.
@@ -71,7 +74,7 @@ class ChatTemplate:
         if taken := RESERVED & given.keys():
             raise InvalidRequestError(f"chat_template_kwargs must not set {min(taken)}", param="chat_template_kwargs")
         # One dict rather than keywords: a client may call a variable "self".
-        context = {"tools": None, "documents": None, **given, **self._tokens}
+        context = {"documents": None, **given, **self._tokens, "tools": list(tools) or None}
         context |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             text = self._template.render(context)

@@ -51,6 +51,12 @@ class ServerConfig(LogConfig):
     chat_template: Path | None = setting(  # noqa: RUF009 — immutable
         None, path, "file with a Jinja chat template to use instead of the model's", metavar="FILE"
     )
+    tool_parser: Literal["auto", "hermes", "llama3", "mistral"] = setting(
+        "auto",
+        choice("auto", "hermes", "llama3", "mistral"),
+        "how the model writes calls of tools; auto finds it in the chat template, and takes hermes where there is none",
+        metavar="FORMAT",
+    )
     metrics_compat: bool = setting(False, boolean, "repeat /metrics under vLLM's names, for its dashboards")
     max_queue: int = setting(
         1024, integer(1), "prompts that wait to begin, at most; a request that would be more gets a 429", metavar="N"

@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     PlainValidator,
     ValidationInfo,
@@ -21,7 +19,10 @@ from pydantic import (
 
 from engine.beam_search import MAX_LENGTH_PENALTY
 from engine.errors import InvalidRequestError
+from server.body import MAX_NAME_LENGTH, Body, Name
 from server.kv_policy import KVPolicyField
+from server.structured_output import ConstrainedBody
+from server.tools import ToolCalls, ToolChoiceField, Tools, check_choice
 
 MAX_N = 128
 MAX_STOPS = 4
@@ -30,7 +31,6 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_BIASES = 1024
 MAX_CHOICES = 2048
 """Prompts times continuations of one request."""
-MAX_NAME_LENGTH = 256
 MAX_USER_LENGTH = 1024
 MAX_TIMEOUT = 86400
 """Seconds."""
@@ -174,14 +174,7 @@ Content = Annotated[
     PlainValidator(_content),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}),
 ]
-Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH)]
 TemplateValues = Annotated[dict[Name, Any] | None, AfterValidator(_template_values)]
-
-
-class Body(BaseModel):
-    """Base of everything that a client sends."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
 
 class StreamOptions(Body):
@@ -190,7 +183,7 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class SamplingBody(Body):
+class SamplingBody(ConstrainedBody):
     """What both endpoints take to steer sampling."""
 
     model: Name | None = None
@@ -212,7 +205,7 @@ class SamplingBody(Body):
     )
 
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    stop: Stops = []
+    stop: Annotated[Stops, Field(default_factory=list)]
     stop_token_ids: (
         Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None
     ) = None
@@ -234,12 +227,6 @@ class SamplingBody(Body):
     skip_special_tokens: Annotated[Any, unserved(True)] = None
     include_stop_str_in_output: Annotated[Any, unserved(False)] = None
     truncate_prompt_tokens: Annotated[Any, unserved()] = None
-    structured_outputs: Annotated[Any, unserved()] = None
-    guided_json: Annotated[Any, unserved()] = None
-    guided_regex: Annotated[Any, unserved()] = None
-    guided_choice: Annotated[Any, unserved()] = None
-    guided_grammar: Annotated[Any, unserved()] = None
-    response_format: Annotated[Any, unserved({"type": "text"})] = None
 
     @model_validator(mode="after")
     def _options_belong_to_streams(self) -> Self:
@@ -296,14 +283,17 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = None
     name: Name | None = None
-    tool_calls: Annotated[Any, unserved([])] = None
+    tool_calls: ToolCalls = None
+    tool_call_id: Name | None = None
     function_call: Annotated[Any, unserved()] = None
 
     @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.role in ("tool", "function"):
-            raise ValueError("tools are not served yet")
-        if self.content is None:
+    def _fits_its_role(self) -> Self:
+        if self.role == "function":
+            raise ValueError("functions are not served; tools are")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only an assistant has tool_calls")
+        if self.content is None and not self.tool_calls:
             raise ValueError("content must not be empty")
         return self
 
@@ -322,8 +312,9 @@ class ChatRequest(SamplingBody):
     add_generation_prompt: bool | None = None
     chat_template_kwargs: TemplateValues = None
 
-    tools: Annotated[Any, unserved([])] = None
-    tool_choice: Annotated[Any, unserved("none", "auto")] = None
+    tools: Tools = None
+    tool_choice: ToolChoiceField = None
+    parallel_tool_calls: bool | None = None
     functions: Annotated[Any, unserved([])] = None
     function_call: Annotated[Any, unserved("none", "auto")] = None
     modalities: Annotated[Any, unserved(["text"])] = None
@@ -339,6 +330,10 @@ class ChatRequest(SamplingBody):
     def _fields_agree(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+        try:
+            check_choice(self.tools or (), self.tool_choice)
+        except ValueError as error:
+            raise InvalidRequestError(f"tool_choice: {error}", param="tool_choice") from None
         return self
 
 
@@ -351,6 +346,7 @@ class TokenizeRequest(Body):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: TemplateValues = None
+    tools: Tools = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:

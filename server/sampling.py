@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.beam_search import BeamParams
 from engine.errors import InvalidRequestError
+from engine.grammar import Grammar
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """The parameters that a request asks for; what it leaves open comes from the checkpoint, then from OpenAI.
 
@@ -49,6 +51,7 @@ def sampling_params(
         n=body.n or 1,
         best_of=body.best_of,
         beams=beams,
+        grammar=grammar,
         max_tokens=max_tokens,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

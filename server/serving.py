@@ -11,12 +11,16 @@ from starlette.requests import Request
 
 from engine.errors import InvalidRequestError
 from engine.kv_policies.policy import KVPolicy
+from server.body import Body
 from server.chat_template import ChatTemplate
 from server.config import ServerConfig
+from server.conversation import native_turns, plain_turns
 from server.errors import ApiError
 from server.kv_policy import choose_policy
-from server.protocol import Body, Message, SamplingBody, TokenIds
+from server.protocol import Message, SamplingBody, TokenIds
 from server.standing import Standing, Tenants, standing_of
+from server.tool_format import ToolFormat
+from server.tools import Tool
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
@@ -54,6 +58,8 @@ class Serving:
     metrics: "Metrics"
     model_names: tuple[str, ...]
     template: ChatTemplate | None
+    tool_format: ToolFormat
+    """How the model writes calls of tools."""
     tenants: Tenants
     created: int
     """Unix time of the start."""
@@ -123,6 +129,7 @@ class Serving:
         *,
         add_generation_prompt: bool | None,
         variables: dict[str, Any] | None,
+        tools: Sequence[Tool] = (),
     ) -> TokenIds:
         """Token ids of a conversation. The template writes the special tokens, so none are added.
 
@@ -131,11 +138,13 @@ class Serving:
         """
         if self.template is None:
             raise ApiError(400, "This model has no chat template; use /v1/completions.", code="no_chat_template")
+        native = self.template.knows_tools
         render = partial(
             self.template.render,
-            [_turn(message) for message in messages],
+            native_turns(messages) if native else plain_turns(messages, tools, self.tool_format),
             add_generation_prompt=add_generation_prompt is not False,
             variables=variables,
+            tools=[tool.described() for tool in tools],
         )
         characters = sum(len(message.content or "") for message in messages)
         large = characters > _INLINE_CHARACTERS or len(messages) > _INLINE_MESSAGES
@@ -212,13 +221,6 @@ class Serving:
     def _longest_token(self) -> int:
         vocabulary: dict[str, int] = self.engine.tokenizer.backend.get_vocab()
         return max(map(len, vocabulary), default=1)
-
-
-def _turn(message: Message) -> dict[str, str | None]:
-    """A message as templates know it."""
-    role = "system" if message.role == "developer" else message.role
-    turn: dict[str, str | None] = {"role": role, "content": message.content}
-    return turn if message.name is None else {**turn, "name": message.name}
 
 
 async def read_body(request: Request, kind: type[B]) -> B:

@@ -47,6 +47,7 @@ def _serve(engine_config: EngineConfig, config: ServerConfig, sock: socket.socke
 
     metrics, listeners = Metrics(), listeners_of(config)
     engine = load_engine(engine_config, metrics)
+    engine.grammars.prepare()  # half a second now, rather than for everybody when the first request needs it
     for line in engine.info.lines():
         logger.info("%s", line)
     app = create_app(engine, config, metrics, listeners)

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from engine.grammar import Grammar
 from engine.kv_policies.policy import KVPolicy
 from server.admission import check_ready
 from server.answers import Choice, answer, collect, head_of
@@ -19,6 +20,7 @@ from server.sampling import sampling_params
 from server.serving import Serving, read_body
 from server.sse import EventStream, Frame, quote
 from server.standing import Standing
+from server.structured_output import compiled
 
 router = APIRouter(tags=["completions"])
 
@@ -38,6 +40,7 @@ class Job:
     echoes: Sequence[str]
     """Per choice, what its text begins with."""
     max_tokens: int
+    grammar: Grammar | None
 
     @property
     def scores_prompts(self) -> bool:
@@ -91,13 +94,16 @@ async def _prepare(serving: Serving, body: CompletionRequest, standing: Standing
         prompts=prompts,
         echoes=[echo for echo in echoes for _ in range(body.n or 1)],
         max_tokens=min(DEFAULT_MAX_TOKENS, room) if body.max_tokens is None else body.max_tokens,
+        grammar=await compiled(serving.engine, body.demands),
     )
 
 
 def _start(job: Job) -> Generation:
     body, serving = job.body, job.serving
     scores = body.logprobs if job.scores_prompts else None
-    params = sampling_params(body, serving, max_tokens=job.max_tokens, logprobs=body.logprobs, prompt_logprobs=scores)
+    params = sampling_params(
+        body, serving, max_tokens=job.max_tokens, logprobs=body.logprobs, prompt_logprobs=scores, grammar=job.grammar
+    )
     if not job.max_tokens and scores is not None:  # a step gives no scores without a token, which nobody sees
         params = replace(params, max_tokens=1)
     elif not job.max_tokens:  # only the echo is wanted: that needs no engine

@@ -23,6 +23,7 @@ async def tokenize(request: Request) -> Response:
             body.messages,
             add_generation_prompt=body.add_generation_prompt,
             variables=body.chat_template_kwargs,
+            tools=body.tools or (),
         )
     else:
         special = body.add_special_tokens is not False

@@ -94,10 +94,10 @@ async def test_clients_are_told_of_a_failure_though_nothing_can_be_freed_any_mor
 POISON = 7
 
 
-def _poisoned(logits: Tensor, rows: list[SampleRow]) -> list[Sample]:
+def _poisoned(logits: Tensor, rows: list[SampleRow], *rest: Any) -> list[Sample]:
     """As if the model's numbers overflowed for every sequence in which one token occurs."""
     bad = torch.tensor([[POISON in row.tokens] for row in rows])
-    return sample(logits.masked_fill(bad, torch.nan), rows)
+    return sample(logits.masked_fill(bad, torch.nan), rows, *rest)
 
 
 @pytest.mark.parametrize("params", [GREEDY, replace(GREEDY, temperature=1.0, seed=1, n=2), replace(GREEDY, top_k=3)])

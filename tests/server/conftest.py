@@ -80,6 +80,7 @@ def live(shared: Live) -> Iterator[Live]:
     yield shared
     shared.engine.pace = 0.0
     shared.engine.fail_after = None
+    shared.engine.words = None
     shared.engine.healthy = shared.engine.ready = True
     shared.engine.waiting = 0
     shared.engine.default_sampling = {}

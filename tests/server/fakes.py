@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, OctavoError
+from engine.grammar_compiler import GrammarCompiler
 from engine.kv_policies.policy import KVPolicy
 from engine.outputs import Output, TokenLogprob
 from engine.sampling_params import SamplingParams
@@ -113,7 +114,7 @@ class FakeStream:
 
     def _one(self, index: int) -> Iterator[Output]:
         tokenizer = self.engine.tokenizer
-        words = f"{SENTENCE}{sum(self.prompt)}, {self.params.seed} or {index}."
+        words = self.engine.words or f"{SENTENCE}{sum(self.prompt)}, {self.params.seed} or {index}."
         ids = tokenizer.encode(words, add_special_tokens=False)
         limit = self.params.max_tokens
         assert limit is not None
@@ -149,6 +150,8 @@ class FakeEngine:
     max_model_len: int = 256
     config: EngineConfig = field(default_factory=EngineConfig)
     default_sampling: Mapping[str, Any] = field(default_factory=dict)
+    words: str | None = None
+    """What it says instead of its usual sentence."""
     pace: float = 0.0
     fail_after: int | None = None
     failure: Exception = field(default_factory=lambda: OctavoError("a secret at /home/user"))
@@ -160,10 +163,14 @@ class FakeEngine:
     aborted: list[FakeStream] = field(default_factory=list)
     submitted: list[FakeStream] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.grammars = GrammarCompiler(self.tokenizer, self.tokenizer.vocab_size)
+
     async def start(self) -> None:
         pass
 
     async def stop(self) -> None:
+        self.grammars.close()
         for stream in list(self.open):
             stream.abort()
 

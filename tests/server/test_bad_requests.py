@@ -47,6 +47,11 @@ def said(**fields: object) -> tuple[str, dict[str, object]]:
     return CHAT, {"messages": [fields]}
 
 
+def tool(name: str, **fields: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 REFUSED: list[tuple[tuple[str, object], str | None]] = [
     ((COMPLETIONS, {}), "prompt"),
     ((COMPLETIONS, []), None),
@@ -140,8 +145,54 @@ REFUSED: list[tuple[tuple[str, object], str | None]] = [
         }.items()
     ),
     (completion(use_beam_search=True, early_stopping="always"), "early_stopping"),
-    (completion(guided_json={"type": "object"}), "guided_json"),
-    (completion(response_format={"type": "json_object"}), "response_format"),
+    *(
+        (make(**{name: value}), param or name)
+        for make in (completion, chat)
+        for name, value, param in (
+            ("guided_json", [], None),
+            ("guided_json", {"type": "objekt"}, None),
+            ("guided_json", '{"type":', None),
+            ("guided_json", "[" * 10_000, None),
+            ("guided_json", "[]", None),
+            ("guided_json", "9" * 5000, None),
+            ("guided_json", '{}\nstart: "not JSON"', None),
+            ("guided_json", {"const": "x" * 200_000}, None),
+            ("guided_json", {"items": [{"pattern": "a?" * 3000, "minLength": 5}] * 2}, None),
+            ("guided_json", {"patternProperties": {"a?" * 5000: {}}}, None),
+            ("guided_json", json.dumps({"pattern": "a" * 9000}), None),
+            ("structured_outputs", {"json": {"pattern": "a" * 9000}}, "structured_outputs.json"),
+            (
+                "response_format",
+                {"type": "json_schema", "json_schema": {"schema": {"pattern": "a" * 9000}}},
+                "response_format.json_schema.schema",
+            ),
+            ("guided_json", {"properties": {"a": {"format": "shape"}}}, None),
+            ("guided_regex", "[a", None),
+            ("guided_regex", "a" * 4097, None),
+            ("guided_regex", 1, None),
+            ("guided_choice", [], None),
+            ("guided_choice", "yes", None),
+            ("guided_choice", [1], "guided_choice[0]"),
+            ("guided_choice", ["a"] * 1025, None),
+            ("guided_choice", ["a" * 100_000], None),
+            ("guided_grammar", "start: nothing", None),
+            ("guided_grammar", "a" * 16_385, None),
+            ("structured_outputs", {"regex": "[a"}, None),
+            ("structured_outputs", {"regex": "a", "choice": ["a"]}, None),
+            ("response_format", "json", None),
+            ("response_format", {"type": "xml"}, "response_format.type"),
+            ("response_format", {"type": "json_schema"}, None),
+            ("response_format", {"type": "text", "json_schema": {"schema": {}}}, None),
+            ("response_format", {"type": "json_schema", "json_schema": {}}, "response_format.json_schema.schema"),
+            ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": 1}}}, None),
+            (
+                "response_format",
+                {"type": "json_schema", "json_schema": {"schema": {"not": {}}, "strict": True}},
+                None,
+            ),
+        )
+    ),
+    (completion(guided_regex="a", response_format={"type": "json_object"}), "response_format"),
     *(
         (make(kv_policy=value), "kv_policy")
         for make in (completion, chat)
@@ -203,8 +254,13 @@ REFUSED: list[tuple[tuple[str, object], str | None]] = [
     (said(role="user", content=["x"]), "messages[0].content"),
     (said(role="user", content=[{"type": "image_url", "image_url": {"url": "http://x"}}]), "messages[0].content"),
     (said(role="user", content=[{"type": "text"}]), "messages[0].content"),
-    (said(role="tool", content="x", tool_call_id="1"), "messages[0]"),
-    (said(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls"),
+    (said(role="tool"), "messages[0]"),
+    (said(role="function", content="x"), "messages[0]"),
+    (said(role="assistant", tool_calls=[]), "messages[0]"),
+    (said(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls[0].function"),
+    (said(role="assistant", tool_calls=[{"id": 1, "function": {}}]), "messages[0].tool_calls[0].id"),
+    (said(role="user", content="x", tool_calls=[CALL]), "messages[0]"),
+    (said(role="assistant", tool_calls=[CALL] * 129), "messages[0].tool_calls"),
     ((CHAT, {"messages": [HI, {"role": "system", "content": "late"}]}), "messages"),
     ((CHAT, {"messages": [HI] * 4097}), "messages"),
     (chat(max_tokens=0), "max_tokens"),
@@ -219,9 +275,26 @@ REFUSED: list[tuple[tuple[str, object], str | None]] = [
     (chat(logprobs=1), "logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
     (chat(top_logprobs=2), "top_logprobs"),
-    (chat(tools=[{"type": "function"}]), "tools"),
+    (chat(tools=[{"type": "function"}]), "tools[0].function"),
+    (chat(tools=[{"type": "web", "function": {"name": "f"}}]), "tools[0].type"),
+    (chat(tools=[tool("")]), "tools[0].function.name"),
+    (chat(tools=[tool("a b")]), "tools[0].function.name"),
+    (chat(tools=[tool("a" * 65)]), "tools[0].function.name"),
+    (chat(tools=[tool("f", parameters=[])]), "tools[0].function.parameters"),
+    (chat(tools=[tool("f"), tool("f")]), "tools"),
+    (chat(tools=[tool(name, parameters={"pattern": "a" * 5000}) for name in "fg"]), "tools"),
+    (chat(tools=[tool(f"f{i}") for i in range(129)]), "tools"),
+    (chat(tools=[tool("f", description="x" * 70_000)]), "tools"),
+    (chat(tools=[tool("f")], tool_choice="sometimes"), "tool_choice"),
+    (chat(tools=[tool("f")], tool_choice={"type": "function", "function": {"name": "g"}}), "tool_choice"),
+    (chat(tools=[tool("f")], tool_choice={"type": "function"}), "tool_choice"),
+    (chat(tools=[tool("f")], tool_choice={"name": "f"}), "tool_choice"),
+    (chat(tools=[tool("f")], parallel_tool_calls=1), "parallel_tool_calls"),
+    (chat(tools=[tool("f")], guided_regex="a"), "guided_regex"),
+    (chat(tools=[tool("f")], tool_choice="required", guided_json={}), "guided_json"),
     (chat(tool_choice="required"), "tool_choice"),
-    (chat(response_format={"type": "json_object"}), "response_format"),
+    (chat(tool_choice={"type": "function", "function": {"name": "f"}}), "tool_choice"),
+    (chat(functions=[{"name": "f"}]), "functions"),
     (chat(modalities=["audio"]), "modalities"),
     (chat(chat_template="{{ 1 }}"), "chat_template"),
     (chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs"),

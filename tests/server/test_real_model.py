@@ -1,10 +1,12 @@
 """The whole of Octavo: the embedded model behind a live server, driven by the official client."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
@@ -173,6 +175,47 @@ def test_answers_are_the_same_alone_and_among_64_streams_of_which_20_are_cut_off
     assert texts.count("cut") == 20
     assert texts[::8] == alone
     assert all(len(text) > 20 for number, text in enumerate(texts) if number % 8 and text != "cut")
+
+
+def test_an_answer_has_the_form_of_its_schema(real: Live) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "capital": {"type": "string", "maxLength": 20},
+            "continent": {"enum": ["Africa", "Asia", "Europe"]},
+            "neighbours": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 1, "maxItems": 3},
+        },
+        "required": ["capital", "continent", "neighbours"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "country", "schema": schema, "strict": True}}
+    answer = _chat(real, response_format=form, max_tokens=100, n=2, temperature=0.7, seed=1)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content), schema)
+
+
+def test_what_a_pattern_leaves_open_the_model_fills_with_what_it_knows(real: Live) -> None:
+    (choice,) = _chat(real, extra_body={"guided_regex": "The capital is [A-Z][a-z]+[.]"}).choices
+    assert choice.message.content == "The capital is Paris."
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_tool_is_called_with_arguments_that_fit(real: Live, choice: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Rome", "Paris", "Berlin"]}, "days": {"type": "integer", "maximum": 9}},
+        "required": ["city"],
+    }
+    tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    question = [{"role": "user", "content": "What is the weather in Paris?"}]
+    answer = _chat(
+        real, messages=question, tools=[tool], tool_choice=choice, parallel_tool_calls=False, max_tokens=150
+    ).choices[0]
+    (call,) = answer.message.tool_calls
+    assert (answer.finish_reason, answer.message.content, call.function.name) == ("tool_calls", None, "weather")
+    assert json.loads(call.function.arguments)["city"] == "Paris"
+    jsonschema.validate(json.loads(call.function.arguments), schema)
 
 
 def test_the_metrics_page_tells_what_happened(real: Live) -> None:
