@@ -62,6 +62,7 @@ def test_every_setting_has_a_flag_a_variable_and_a_key(cls: type, tmp_path: Path
         "trace": ("word", Path("word")),
         "tenant": ("user", "user"),
         "tool_parser": ("llama3", "llama3"),
+        "log_format": ("json", "json"),
         "chat_template": ("word", Path("word")),
         "api_key": ("word", ("word",)),
         "served_model_name": ("word", ("word",)),
