@@ -54,6 +54,7 @@ def test_every_setting_has_a_flag_a_variable_and_a_key(cls: type, tmp_path: Path
         "dtype": ("float16", "float16"),
         "device": ("cpu", "cpu"),
         "log_level": ("debug", "debug"),
+        "log_format": ("json", "json"),
         "preemption": ("swap", "swap"),
         "scheduling": ("fair", "fair"),
         "batching": ("static", "static"),
