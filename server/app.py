@@ -80,7 +80,8 @@ def listeners_of(config: ServerConfig) -> list[Listener]:
     Raises:
         ConfigError: the packages that send traces are not installed.
     """
-    listeners: list[Listener] = [log_request] if config.log_requests else []
+    logged = config.log_requests or config.log_request_content is not None
+    listeners: list[Listener] = [log_request] if logged else []
     if config.otlp_endpoint is not None:
         listeners.append(trace_requests(exporting_to(config.otlp_endpoint)))
     return listeners

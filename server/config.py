@@ -30,7 +30,7 @@ class ServerConfig(LogConfig):
     log_request_content: int | None = setting(
         None,
         integer(0),
-        "with --log-requests, log the prompts too, and the answers: the first N characters of either; none by default",
+        "log requests with their prompts and answers: the first N characters of either; none by default",
         metavar="N",
     )
     otlp_endpoint: str | None = setting(
@@ -93,8 +93,6 @@ class ServerConfig(LogConfig):
 
     def __post_init__(self) -> None:
         check(self)
-        if self.log_request_content is not None and not self.log_requests:
-            raise ConfigError("--log-request-content adds to what --log-requests writes, which is not given")
         for name in self.kv_policy_allow:
             if name not in POLICIES:
                 raise ConfigError(

@@ -132,13 +132,14 @@ class Generation:
 
     def fields(self) -> dict[str, Any]:
         """What a log or a trace tells of it; times in seconds, None for what is not known."""
+        usage = self.usage
         waited = [one.queue_seconds for one in self._streams if one.queue_seconds is not None]
         fields: dict[str, Any] = {
             "response_id": self.response_id,
             "model": self.model,
-            "prompt_tokens": self._prompt_tokens,
+            "prompt_tokens": usage["prompt_tokens"],
             "cached_tokens": sum(one.cached_tokens for one in self._streams),
-            "generated_tokens": sum(one.generated_tokens for one in self._streams),
+            "generated_tokens": usage["completion_tokens"],
             "finish_reason": ",".join(dict.fromkeys(self._finish_reasons)) or None,
             "kv_policy": self._kv_policy.name,
             "queue_seconds": round(min(waited), 6) if waited else None,

@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.errors import ConfigError
 from server import logs
 from server.config import ServerConfig
 from tests.server.conftest import Live, running, wait_until
@@ -88,17 +87,12 @@ def test_neither_prompts_nor_answers_are_logged_unasked(server: Live, caplog: py
 def test_content_is_logged_on_request_and_cut(
     start: Callable[..., Live], logged: Callable[[], dict[str, Any]], stream: bool
 ) -> None:
-    live = start(FakeEngine(), ServerConfig(port=0, log_requests=True, log_request_content=8))
+    live = start(FakeEngine(), ServerConfig(port=0, log_request_content=8))
     body = {"prompt": ["abc", "defgh", "ijk"], "max_tokens": 3, "stream": stream}
     live.http.post("/v1/completions", json=body)
     fields = logged()
     assert fields["prompts"] == ["<s>abc", "<s"], "eight characters altogether"
     assert "".join(fields["answers"]) == "TheTheTh"
-
-
-def test_content_alone_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--log-requests"):
-        ServerConfig(log_request_content=100)
 
 
 def test_all_ways_to_finish_are_named(server: Live, logged: Callable[[], dict[str, Any]]) -> None:
