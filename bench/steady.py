@@ -129,7 +129,7 @@ class Group:
 
     def chunk(self, subject: Subject) -> int:
         """Tokens in a step: all prompts of those that keep all, so that these end together, beside all that decode."""
-        num_plain = self.budgets(subject).count(None)
+        num_plain = sum(map(_grows, self.budgets(subject)))
         return (self.num_prompt * num_plain or min(self.num_prompt, _CHUNK)) + len(self.policies)
 
     def num_blocks(self, subject: Subject) -> int:
@@ -174,8 +174,8 @@ class Decoding:
         )
         budgets = list(enumerate(group.budgets(subject)))
         # Those that hold a constant number of tokens may decode until the others are as far: it changes nothing.
-        self._skip_prompts([one for one in budgets if one[1] is not None])
-        self._skip_prompts([one for one in budgets if one[1] is None])
+        self._skip_prompts([one for one in budgets if not _grows(one[1])])
+        self._skip_prompts([one for one in budgets if _grows(one[1])])
         for _ in range(WARM_STEPS):
             self.step()
 
@@ -184,7 +184,7 @@ class Decoding:
         prompt = array("i", [TOKEN]) * self._group.num_prompt
         requests = []
         for index, budget in budgets:
-            rule = StopRule(max_tokens=self._group.steps + WARM_STEPS + 1 if budget is None else _ENDLESS)
+            rule = StopRule(max_tokens=self._group.steps + WARM_STEPS + 1 if _grows(budget) else _ENDLESS)
             requests.append(Request(str(index), prompt, rule, kv_budget=budget))
             self._scheduler.add(requests[-1])
         while any(request.sequences[0].num_output_tokens == 0 for request in requests):
@@ -207,6 +207,11 @@ class Decoding:
         samples = self._runner.execute(batch, rows, self._policies(batch)).samples
         self._scheduler.update(batch, [[sample.token for sample in group] for group in samples])
         return Step(time.perf_counter() - began, self._subject.kv_bytes_read(batch))
+
+
+def _grows(budget: KVBudget | None) -> bool:
+    """Whether a sequence holds more and more while it decodes."""
+    return budget is None or (isinstance(budget, Selection) and budget.slack is None)
 
 
 def _row(item: ScheduledSequence) -> SampleRow:
