@@ -1,11 +1,13 @@
 """SpAtten's pruning within attention: nothing pruned is plain attention, and each part leaves out what it says."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.kv_format import FORMATS
 from kernels.pruning import Pruning
 from kernels.reference.paged_attention import paged_attention
 from kernels.reference.pruned_attention import pruned_attention
@@ -16,7 +18,16 @@ def pruned(case: AttentionCase, pruning: Pruning, first_output: int = 0) -> Tens
     hidden = None if case.hidden is None else case.hidden[0]
     table, length = case.block_tables[0], int(case.seq_lens[0])
     return pruned_attention(
-        case.q, case.key_cache, case.value_cache, table, length, case.scale, hidden, pruning, first_output
+        case.q,
+        case.key_cache,
+        case.value_cache,
+        table,
+        length,
+        case.scale,
+        hidden,
+        pruning,
+        first_output,
+        case.kv_format,
     )
 
 
@@ -24,6 +35,16 @@ def pruned(case: AttentionCase, pruning: Pruning, first_output: int = 0) -> Tens
 def test_with_nothing_pruned_it_is_plain_attention(hidden: list[list[int]] | None) -> None:
     case = make_case([(20, 45)], hidden=hidden)
     torch.testing.assert_close(pruned(case, Pruning()), paged_attention(*case.arguments()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+def test_a_cache_in_a_format_is_read_as_what_it_decodes_to(name: str) -> None:
+    pruning, kv_format = Pruning(0.3, 4, 4, 0.2), FORMATS[name]
+    case = make_case([(5, 40)])
+    rows = [kv_format.encode(cache) for cache in (case.key_cache, case.value_cache)]
+    decoded = replace(case, key_cache=kv_format.decode(rows[0]), value_cache=kv_format.decode(rows[1]))
+    stored = replace(case, key_cache=rows[0], value_cache=rows[1], kv_format=kv_format)
+    torch.testing.assert_close(pruned(stored, pruning, 2), pruned(decoded, pruning, 2))
 
 
 def test_a_share_of_the_values_is_left_out_and_the_others_weigh_what_they_did() -> None:
