@@ -17,7 +17,8 @@ from tests.engine.driving import GREEDY, generate
 from tests.engine.kv_oracle import Cascade, Oracle
 from tests.engine.test_kv_policies import POLICIES
 
-PROMPT = "The old man and the sea, and a boy who could not"
+PROMPT = "The old man saw his sea, with a boy who could not"
+"""No token comes twice: see `test_kv_policies.PARAMS`."""
 PARAMS = dataclasses.replace(GREEDY, max_tokens=8, logprobs=50, repetition_penalty=100.0)
 
 
