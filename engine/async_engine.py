@@ -21,6 +21,7 @@ from engine.errors import (
     EngineDeadError,
     InvalidRequestError,
     NumericalError,
+    OctavoError,
     OutOfMemoryError,
     RequestTimeoutError,
 )
@@ -337,10 +338,9 @@ class AsyncEngine:
             request = item.sequence.request
             if not any(sample.broken for sample in group):
                 continue
-            if (state := self._states.pop(request.request_id, None)) is not None:
+            if (state := self._states.get(request.request_id)) is not None:
                 logger.error("request %s: the model's output is not a number", request.request_id)
-                self._scheduler.abort(request, tainted=True)
-                state.end("error", self.observer, NumericalError("the model's output is not a number"))
+                self._refuse(state, NumericalError("the model's output is not a number"), tainted=True)
 
     def _finish_step(self, batch: ScheduledBatch, samples: list[list[Sample]]) -> None:
         self._fail_broken(batch, samples)
@@ -361,10 +361,10 @@ class AsyncEngine:
         found = self._advance_beams(batch, samples, now)
         self._observe_step(batch, len(appended) + found)
 
-    def _refuse(self, state: RequestState, error: InvalidRequestError) -> None:
-        """End a request that cannot go on as its client asked."""
+    def _refuse(self, state: RequestState, error: OctavoError, *, tainted: bool = False) -> None:
+        """End a request that cannot go on as its client asked; see `Scheduler.abort`."""
         del self._states[state.request.request_id]
-        self._scheduler.abort(state.request)
+        self._scheduler.abort(state.request, tainted=tainted)
         state.end("error", self.observer, error)
 
     def _advance_beams(self, batch: ScheduledBatch, samples: list[list[Sample]], now: float) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from engine.kv_policies.narrowing import narrowing
 from engine.kv_policies.policy import Slots
 from engine.kv_policies.snapkv import check_observed, observed_attention
 from scheduler.kv_budget import Selection
@@ -40,8 +41,7 @@ class Pyramid:
         average = self.keep - self.observed
         last = average // self.steepness
         first = 2 * average - last
-        steps = max(num_layers - 1, 1)
-        return [self.observed + first - (first - last) * layer // steps for layer in range(num_layers)]
+        return narrowing(self.observed + first, self.observed + last, num_layers)
 
     def score(self, slots: Slots) -> "Tensor":
         """As SnapKV's; −inf for all but a layer's share of them."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from engine.kv_policies.narrowing import narrowing
 from engine.kv_policies.policy import Slots
 from kernels.pruning import Pruning
 from scheduler.kv_budget import Selection
@@ -71,7 +72,7 @@ class SpAtten:
         total = own.new_zeros(num_layers, int(positions.max()) + 2).scatter_add_(1, places, own).cumsum(0)
         total[:, : self.sinks] = total[:, total.shape[1] - 1 - self.recent : -1] = float("inf")
         total[:, -1] = float("-inf")
-        for layer, kept in enumerate(_narrowing(self.keep, self.keep_last, num_layers, _FIRST_TOKENS)):
+        for layer, kept in enumerate(narrowing(self.keep, self.keep_last, num_layers, _FIRST_TOKENS)):
             there = total.new_full(total.shape[1:], float("-inf"))
             there[places[layer]] = total[layer, places[layer]]
             there[-1] = float("-inf")
@@ -88,16 +89,9 @@ class SpAtten:
         num_layers, num_heads = slots.output.shape
         total, off = slots.output.cumsum(0), slots.off.clone()
         least = max(round(self.heads * num_heads), 1)
-        for layer, kept in enumerate(_narrowing(num_heads, least, num_layers, _FIRST_HEADS)):
+        for layer, kept in enumerate(narrowing(num_heads, least, num_layers, _FIRST_HEADS)):
             if layer:
                 off[layer] |= off[layer - 1]
             order = total[layer].masked_fill(off[layer], float("-inf")).argsort(descending=True, stable=True)
             off[layer, order[kept:]] = True
         return off
-
-
-def _narrowing(first: int, last: int, num_layers: int, untouched: float) -> list[int]:
-    """A number for each layer: ``first`` in the first one and in the share that is ``untouched``, then evenly less."""
-    begin = max(int(untouched * num_layers), 1)
-    steps = max(num_layers - begin, 1)
-    return [first - (first - last) * max(layer + 1 - begin, 0) // steps for layer in range(num_layers)]
