@@ -226,6 +226,13 @@ class EngineConfig:
         "type of weights and activations; auto takes the fastest that the device computes in",
         metavar="TYPE",
     )
+    quantization: Literal["auto", "none"] = setting(
+        "auto",
+        choice("auto", "none"),
+        "weights that a file holds in 4 or 8 bits (GGUF's Q4_0, Q4_1, Q8_0): auto multiplies them as they are, on CPUs, "
+        "with activations rounded to 8 bits, unless --dtype float32 is given; none turns them into --dtype",
+        metavar="HOW",
+    )
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto", choice("auto", "cpu", "cuda"), "where the model runs", metavar="DEVICE"
     )

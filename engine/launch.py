@@ -80,7 +80,14 @@ def load_model(config: EngineConfig) -> LoadedModel:
     with tqdm(
         total=num_bytes(model, dtype), desc="loading weights", unit="B", unit_scale=True, leave=False, disable=None
     ) as bar:
-        decoder = load_decoder(model, checkpoint.tensors, dtype=dtype, device=device, progress=bar.update)
+        decoder = load_decoder(
+            model,
+            checkpoint.tensors,
+            dtype=dtype,
+            device=device,
+            progress=bar.update,
+            keep_quantized=keep_quantized(config, device),
+        )
     return LoadedModel(checkpoint, decoder, dtype, device, threads, time.perf_counter() - began)
 
 
@@ -186,6 +193,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def keep_quantized(config: EngineConfig, device: torch.device) -> bool:
+    """Whether matrices stay in the 4 or 8 bits that a file has them in: on CPUs, unless float32 is asked for by name."""
+    return config.quantization == "auto" and config.dtype != "float32" and device.type == "cpu"
 
 
 def default_sampling(generation_config: Mapping[str, Any]) -> dict[str, float]:

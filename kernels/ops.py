@@ -19,6 +19,8 @@ from kernels.cpu import dense
 from kernels.cpu.dense import LinearWeight
 from kernels.cpu.library import load, native
 from kernels.cpu.native import DTYPES, NativeOps
+from kernels.cpu.packed_groups import PackedGroups, can_pack, pack
+from kernels.group_quantized import GroupQuantized, stack
 from kernels.kv_format import FORMATS as KV_FORMATS
 from kernels.kv_format import KVFormat
 from kernels.pruning import Pruning
@@ -34,19 +36,23 @@ from kernels.sinks import Sinks
 __all__ = [
     "KV_FORMATS",
     "Counted",
+    "GroupQuantized",
     "KVFormat",
+    "PackedGroups",
     "Pruning",
     "Sinks",
     "attention_mass",
     "kv_write",
     "linear",
     "load",
+    "pack_groups",
     "pack_linear",
     "paged_attention",
     "pruned_attention",
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
+    "stack",
 ]
 
 
@@ -185,8 +191,23 @@ def pack_linear(weight: Tensor) -> LinearWeight:
     return dense.pack_linear(weight)
 
 
-def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times the transpose of a weight [N, K], packed or plain, plus bias [N]: [..., N] in x's dtype."""
+def pack_groups(weight: GroupQuantized) -> PackedGroups | None:
+    """Lay out a quantized weight for `linear`, once; None where this machine would have to dequantize it."""
+    ops = native()
+    return pack(weight) if ops is not None and ops.has_linear_groups and can_pack(weight) else None
+
+
+def linear(x: Tensor, weight: LinearWeight | PackedGroups, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times the transpose of a weight [N, K], packed or plain, plus bias [N]: [..., N] in x's dtype.
+
+    Under a `PackedGroups`, x is rounded to 8 bits first, with a scale for every 32 inputs of a row: its largest
+    magnitude / 127. Products of codes are exact, sums over groups in float32. A row with an infinity or NaN gives no
+    finite number.
+    """
+    if isinstance(weight, PackedGroups):
+        ops = _native_for(x)
+        assert ops is not None, "it packed the weight"
+        return ops.linear_groups(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.outputs)
     return dense.linear(x, weight, bias)
 
 

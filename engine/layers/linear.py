@@ -37,6 +37,23 @@ class Dense:
         return ops.linear(x, self._packed, bias)
 
 
+class Grouped:
+    """Codes of 4 or 8 bits with a scale for each group of inputs, multiplied as they are; activations in 8 bits."""
+
+    def __init__(self, packed: ops.PackedGroups) -> None:
+        """A weight [out, in] as `ops.pack_groups` returned it."""
+        self._packed = packed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage."""
+        return self._packed.nbytes
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in] → [T, out], in x's dtype."""
+        return ops.linear(x, self._packed, bias)
+
+
 @dataclass(slots=True)
 class Linear:
     """y = x Wᵀ + b. The weight is in any format; the bias is dense."""

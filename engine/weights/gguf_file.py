@@ -17,8 +17,9 @@ from engine.weights.checkpoint import Checkpoint, check_shape
 from engine.weights.config_checks import check_tensors
 from engine.weights.gguf_config import ROPE_FACTORS, config_of, hf_name
 from engine.weights.gguf_header import GGUFHeader, TensorInfo, read_header
-from engine.weights.gguf_quants import dequantize_into, stored_dtype
+from engine.weights.gguf_quants import dequantize_into, group_quantized, stored_dtype
 from engine.weights.gguf_tokenizer import build_tokenizer, token_at
+from kernels.ops import GroupQuantized
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,10 @@ class GGUFTensors:
             dequantize_into(raw, info.type, out.view(raw.shape[0], -1))
         else:
             out.copy_(self[name])
+
+    def group_quantized(self, name: str) -> GroupQuantized | None:
+        info = self._info(name)
+        return group_quantized(self._rows(info, self.heads.get(name)), info.type)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.infos:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.weights.gguf_header import QuantType
+from kernels.ops import GroupQuantized
 
 _PLAIN: Final[Mapping[str, torch.dtype]] = {
     "F32": torch.float32,
@@ -40,19 +41,39 @@ def dequantize_into(raw: Tensor, stored: QuantType, out: Tensor) -> None:
         values[start : start + _CHUNK_BLOCKS] = unpack(chunk) if unpack else _by_gguf(chunk, stored)
 
 
+def group_quantized(raw: Tensor, stored: QuantType) -> GroupQuantized | None:
+    """What ``raw``, contiguous uint8 [rows, bytes per row], holds, if it is of a type with a scale for each 32 values."""
+    blocks = raw.view(len(raw), -1, stored.nbytes)
+    match stored.name:
+        case "Q4_0":
+            codes, minimum = _nibbles(blocks[..., 2:]), None
+        case "Q4_1":
+            codes, minimum = _nibbles(blocks[..., 4:]), _float16(blocks, 2)
+        case "Q8_0":
+            return GroupQuantized((blocks[..., 2:] ^ 128).flatten(1), _float16(blocks, 0), None, 8)
+        case _:
+            return None
+    return GroupQuantized(codes.flatten(1), _float16(blocks, 0), minimum, 4)
+
+
 def stored_dtype(stored: QuantType) -> torch.dtype:
     """The dtype that holds this type's values exactly."""
     return _PLAIN.get(stored.name, torch.float32)
 
 
+def _float16(blocks: Tensor, start: int) -> Tensor:
+    """The little-endian float16 at byte ``start`` of each block [..., bytes], as [...]."""
+    return blocks[..., start : start + 2].contiguous().view(torch.float16).squeeze(-1)
+
+
 def _half(blocks: Tensor, start: int) -> Tensor:
     """The little-endian float16 at byte ``start`` of each block, as float32 [blocks, 1]."""
-    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
+    return _float16(blocks, start).float().unsqueeze(-1)
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """[blocks, 16] bytes → [blocks, 2, 16]: the low halves are a block's first 16 elements, the high ones its last."""
-    return torch.stack((packed & 15, packed >> 4), dim=1)
+    """[..., 16] bytes → [..., 2, 16]: the low halves are a block's first 16 elements, the high ones its last."""
+    return torch.stack((packed & 15, packed >> 4), dim=-2)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:

@@ -47,6 +47,9 @@ class SafetensorsFiles:
             raise CheckpointError(f"{where}: tensor {name!r} is of {tensor.dtype}, not of a float type")
         out.copy_(tensor)
 
+    def group_quantized(self, name: str) -> None:
+        return None
+
     def _file(self, name: str) -> Any:
         if name not in self.file_of:
             raise CheckpointError(f"{self.folder}: there is no tensor {name!r}")

@@ -1,6 +1,6 @@
 """Levels of the x86 instruction set, for libraries that are compiled on another machine than the one they run on.
 
-The names are those of the x86-64 psABI; the highest adds the products of bfloat16 pairs, which it does not name.
+The names are those of the x86-64 psABI; the highest add products of integers and of bfloat16 pairs, which it does not name.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,12 @@ _V3: Final = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "mo
 _V4: Final = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 LEVELS: Final = (
-    Level("x86-64-v4-bf16", ("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    Level(
+        "x86-64-v4-bf16",
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+        _V4 | {"avx512_vnni", "avx512_bf16"},
+    ),
+    Level("x86-64-v4-vnni", ("-march=x86-64-v4", "-mavx512vnni"), _V4 | {"avx512_vnni"}),
     Level("x86-64-v4", ("-march=x86-64-v4",), _V4),
     Level("x86-64-v3", ("-march=x86-64-v3",), _V3),
     Level("x86-64", ("-march=x86-64",), frozenset()),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.counted import Counted
+from kernels.cpu.packed_groups import PackedGroups
 from kernels.kv_format import KVFormat
 from kernels.sinks import Sinks
 
@@ -29,6 +30,7 @@ _ATTENTION_MASS: Final = struct.Struct("3q q 2q 2q 3q 7q d q 2q")
 _SILU_AND_MUL: Final = struct.Struct("2q q 2q")
 _LINEAR: Final = struct.Struct("2q 3q 3q")
 _PACK_LINEAR: Final = struct.Struct("2q 2q")
+_LINEAR_GROUPS: Final = struct.Struct("2q 3q 5q")
 
 Function = Callable[[bytes], int]
 
@@ -67,6 +69,10 @@ class NativeOps:
         if self.has_linear:
             self._linear = _bind(library, "octavo_linear_bf16")
             self._pack_linear = _bind(library, "octavo_pack_linear_bf16")
+        self.has_linear_groups = hasattr(library, "octavo_linear_groups_bf16")
+        """Whether the CPU has AVX2 at least, so that the function below exists."""
+        if self.has_linear_groups:
+            self._linear_groups = _bind_each(library, "octavo_linear_groups")
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
         dtype, shape = x.dtype, x.shape
@@ -273,6 +279,23 @@ class NativeOps:
             _LINEAR.pack(
                 x.data_ptr(), row_stride, weight.panels.data_ptr(), 0 if bias is None else bias.data_ptr(),
                 out.data_ptr(), rows, inputs, outputs,
+            )
+        )  # fmt: skip
+        return out
+
+    def linear_groups(self, x: Tensor, weight: PackedGroups, bias: Tensor | None) -> Tensor:
+        rows, inputs = x.shape
+        outputs = weight.outputs
+        row_stride, step = x.stride()
+        if inputs != weight.inputs or step != 1:
+            raise ValueError(f"linear: x {_describe(x)} does not fit a weight of {weight.inputs} inputs")
+        if bias is not None and (bias.dtype is not x.dtype or bias.shape != (outputs,) or bias.stride() != (1,)):
+            raise ValueError(f"linear: bias {_describe(bias)} does not fit x {_describe(x)} and {outputs} outputs")
+        out = torch.empty((rows, outputs), dtype=x.dtype)
+        self._linear_groups[x.dtype](
+            _LINEAR_GROUPS.pack(
+                x.data_ptr(), row_stride, weight.panels.data_ptr(), 0 if bias is None else bias.data_ptr(),
+                out.data_ptr(), rows, inputs, outputs, weight.bits, weight.has_minimum,
             )
         )  # fmt: skip
         return out

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -23,6 +23,7 @@ constexpr int kLanes = 4;
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef int8_t SignedBytes __attribute__((vector_size(kLanes)));
 typedef uint16_t HalfBits __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
 // The upper half of a float32.
@@ -141,6 +142,21 @@ inline void for_each_vector(int64_t n, Body body) {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
     if (i < n) body(i, static_cast<int>(n - i));
+}
+
+// To the nearest whole number, ties to even; what does not fit, or is NaN, gives the smallest of all.
+inline Ints to_nearest(Floats vector) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtps_epi32(vector);
+#elif defined(__AVX__)
+    return (Ints)_mm256_cvtps_epi32(vector);
+#elif defined(__SSE2__)
+    return (Ints)_mm_cvtps_epi32(vector);
+#else
+    Ints whole;
+    for (int lane = 0; lane < kLanes; ++lane) whole[lane] = static_cast<int32_t>(std::lrint(vector[lane]));
+    return whole;
+#endif
 }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }

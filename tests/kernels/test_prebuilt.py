@@ -13,7 +13,8 @@ from kernels.cpu.prebuilt import prebuild
 
 HASWELL = "flags : fpu sse4_2 avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"
 SKYLAKE = f"{HASWELL} avx512f avx512bw avx512cd avx512dq avx512vl"
-ZEN4 = f"{SKYLAKE} avx512_bf16"
+ICE_LAKE = f"{SKYLAKE} avx512_vnni"
+ZEN4 = f"{ICE_LAKE} avx512_bf16"
 
 COMPILER = """#!/bin/sh
 echo "$@" >> {log}
@@ -25,6 +26,7 @@ while [ $# -gt 1 ]; do shift; [ "$last" = -o ] && echo lib > "$1"; last=$1; done
     ("flags", "level"),
     [
         (ZEN4, "x86-64-v4-bf16"),
+        (ICE_LAKE, "x86-64-v4-vnni"),
         (SKYLAKE, "x86-64-v4"),
         (HASWELL, "x86-64-v3"),
         (f"{HASWELL} avx512f avx512_bf16", "x86-64-v3"),
@@ -51,9 +53,9 @@ def test_every_level_is_compiled_for_its_own_cpus(tmp_path: Path) -> None:
     built = prebuild(tmp_path / "out", str(compiler))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in built)
     linked = [line for line in log.read_text().splitlines() if "-shared" in line]
-    assert ["-mavx512bf16" in line for line in linked] == [True, False, False, False]
+    assert ["-mavx512bf16" in line for line in linked] == [True, False, False, False, False]
     marches = [line.partition("-march=")[2].split()[0] for line in linked]
-    assert marches == ["x86-64-v4", "x86-64-v4", "x86-64-v3", "x86-64"]
+    assert marches == ["x86-64-v4", "x86-64-v4", "x86-64-v4", "x86-64-v3", "x86-64"]
 
 
 def test_what_was_built_ahead_needs_no_compiler(
