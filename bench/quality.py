@@ -97,6 +97,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--model", default="embedded", help="what to load (default: %(default)s)")
     group.add_argument("--dtype", default="auto", help="of weights and activations (default: %(default)s)")
+    group.add_argument("--quantization", default="auto", help="none dequantizes a GGUF file (default: %(default)s)")
     group.add_argument("--kv-cache-dtype", default="auto", help="how KV is stored (default: as --dtype)")
     group.add_argument("--block-size", type=int, default=16, help="tokens in a KV block (default: %(default)s)")
     group.add_argument("--chunk", type=int, default=512, help="tokens computed in a step (default: %(default)s)")
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
     budgets = flags.whole_numbers(args.budgets, "--budgets")
     policies = candidates(args.policy or DEFAULT_POLICIES, budgets)
-    given = {name: getattr(args, name) for name in ("model", "dtype", "kv_cache_dtype", "block_size")}
+    given = {name: getattr(args, name) for name in ("model", "dtype", "quantization", "kv_cache_dtype", "block_size")}
     config = load(EngineConfig, {**given, "max_num_batched_tokens": args.chunk})
     measurement = _measurement(args, config)
     check(policies, measurement.info)

@@ -229,7 +229,7 @@ class EngineConfig:
     quantization: Literal["auto", "none"] = setting(
         "auto",
         choice("auto", "none"),
-        "weights that a file holds in 4 or 8 bits (GGUF's Q4_0, Q4_1, Q8_0): auto multiplies them as they are, on CPUs, "
+        "weights that a file holds in 4 or 8 bits (GGUF's Q4_0, Q4_1, Q8_0): auto multiplies them as they are on CPUs, "
         "with activations rounded to 8 bits, unless --dtype float32 is given; none turns them into --dtype",
         metavar="HOW",
     )

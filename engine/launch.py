@@ -196,7 +196,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def keep_quantized(config: EngineConfig, device: torch.device) -> bool:
-    """Whether matrices stay in the 4 or 8 bits that a file has them in: on CPUs, unless float32 is asked for by name."""
+    """Whether matrices stay in the 4 or 8 bits of their file: on CPUs, unless float32 is asked for by name."""
     return config.quantization == "auto" and config.dtype != "float32" and device.type == "cpu"
 
 

@@ -42,7 +42,7 @@ def dequantize_into(raw: Tensor, stored: QuantType, out: Tensor) -> None:
 
 
 def group_quantized(raw: Tensor, stored: QuantType) -> GroupQuantized | None:
-    """What ``raw``, contiguous uint8 [rows, bytes per row], holds, if it is of a type with a scale for each 32 values."""
+    """What ``raw``, contiguous uint8 [rows, bytes per row], holds, if its type has a scale for each 32 values."""
     blocks = raw.view(len(raw), -1, stored.nbytes)
     match stored.name:
         case "Q4_0":

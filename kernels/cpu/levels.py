@@ -1,6 +1,7 @@
 """Levels of the x86 instruction set, for libraries that are compiled on another machine than the one they run on.
 
-The names are those of the x86-64 psABI; the highest add products of integers and of bfloat16 pairs, which it does not name.
+The names are those of the x86-64 psABI; the highest add products of integers, and of bfloat16 pairs, for which it has
+no names.
 """
 
 from dataclasses import dataclass

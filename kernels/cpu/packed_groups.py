@@ -1,7 +1,7 @@
 """The layout of group-quantized weights that `linear_groups.cpp` multiplies: packing, and its exact inverse.
 
 Panels of 16 outputs; in each, for every 32 inputs: codes, scales, and minimums if there are any. A vector of codes, 64
-bytes, holds four inputs of each output; of 4 bits, inputs k … k + 3 in the low halves and k + 4 … k + 7 in the high ones.
+bytes, holds four inputs of each output; of 4 bits, inputs k … k + 3 in the low halves and k + 4 … k + 7 in the high.
 """
 
 from dataclasses import dataclass

@@ -53,6 +53,7 @@ def test_every_setting_has_a_flag_a_variable_and_a_key(cls: type, tmp_path: Path
     special: dict[str, tuple[str, object]] = {
         "dtype": ("float16", "float16"),
         "kv_cache_dtype": ("int8", "int8"),
+        "quantization": ("none", "none"),
         "device": ("cpu", "cpu"),
         "log_level": ("debug", "debug"),
         "log_format": ("json", "json"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.weights.gguf_header import QUANT_TYPES, QuantType
-from engine.weights.gguf_quants import _CHUNK_BLOCKS, dequantize_into, stored_dtype
+from engine.weights.gguf_quants import _CHUNK_BLOCKS, dequantize_into, group_quantized, stored_dtype
 
 PLAIN = {"F32", "F16", "BF16"}
 QUANTIZED = [kind for kind in QUANT_TYPES.values() if kind.name not in PLAIN]
@@ -83,3 +83,14 @@ def test_plain_types_keep_their_dtype_and_bits(name: str, dtype: torch.dtype) ->
     assert stored_dtype(kind) == dtype
     raw = values.view(torch.uint8).numpy()
     assert torch.equal(dequantized(raw, kind, 40, dtype), values)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
+def test_codes_and_scales_of_the_types_that_have_them_stand_for_the_same_bits(kind: QuantType) -> None:
+    raw = random_blocks(kind, 6, 512)
+    kept = group_quantized(torch.from_numpy(raw), kind)
+    if kind.name in ("Q4_0", "Q4_1", "Q8_0"):
+        assert kept is not None
+        assert torch.equal(kept.dequantize().view(torch.int32), dequantized(raw, kind, 512).view(torch.int32))
+    else:
+        assert kept is None
