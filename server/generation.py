@@ -44,15 +44,11 @@ class Generation:
         n: int,
         prompt_tokens: int,
         kv_policy: KVPolicy,
-        *,
-        only_prompts: bool = False,
     ) -> None:
-        """With ``only_prompts`` nothing is wanted of what is generated, and it is not counted."""
         self._streams = streams
         self._n = n
         self._prompt_tokens = prompt_tokens
         self._kv_policy = kv_policy
-        self._only_prompts = only_prompts
         self._client_left = False
         self._finish_reasons: list[str] = []
 
@@ -67,7 +63,6 @@ class Generation:
         kv_policy: KVPolicy,
         cache_salt: str | None,
         request_id: str,
-        only_prompts: bool = False,
     ) -> Self:
         """Hand every prompt to the engine, or none. Nothing else runs meanwhile, so the queue's limit is kept.
 
@@ -95,7 +90,7 @@ class Generation:
             for stream in streams:
                 stream.abort()
             raise
-        generation = cls(streams, params.n, sum(map(len, prompts)), kv_policy, only_prompts=only_prompts)
+        generation = cls(streams, params.n, sum(map(len, prompts)), kv_policy)
         generation.response_id = request_id
         generation.model = serving.model_names[0]
         if serving.config.log_request_content is not None:
@@ -115,7 +110,7 @@ class Generation:
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object, of what has been generated so far; with ``kv`` where a policy kept the cache small."""
         prompt = self._prompt_tokens
-        generated = 0 if self._only_prompts else sum(one.generated_tokens for one in self._streams)
+        generated = sum(one.generated_tokens for one in self._streams)
         usage: dict[str, object] = {
             "prompt_tokens": prompt,
             "completion_tokens": generated,

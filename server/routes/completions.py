@@ -66,10 +66,10 @@ async def completions(request: Request) -> Response:
     generation = _start(job)
     if job.body.stream:
         return EventStream(_chunks(job, generation), generation, job.serving.config.send_timeout)
-    choices = [Choice(finish_reason="length") for _ in job.echoes]
     if job.max_tokens or job.scores_prompts:
-        generated = await collect(generation, len(job.echoes), request)
-        choices = generated if job.max_tokens else choices
+        choices = await collect(generation, len(job.echoes), request)
+    else:
+        choices = [Choice(finish_reason="length") for _ in job.echoes]
     return answer(job.head, [_choice(job, generation, index, one) for index, one in enumerate(choices)], generation)
 
 
@@ -104,11 +104,11 @@ def _start(job: Job) -> Generation:
     params = sampling_params(
         body, serving, max_tokens=job.max_tokens, logprobs=body.logprobs, prompt_logprobs=scores, grammar=job.grammar
     )
-    if not job.max_tokens and scores is not None:  # a step gives no scores without a token, which nobody sees
-        params = replace(params, max_tokens=1)
-    elif not job.max_tokens:  # only the echo is wanted: that needs no engine
-        check_ready(serving)
-        return Generation([], params.n, sum(map(len, job.prompts)), job.kv_policy)
+    if not job.max_tokens:
+        if scores is None:  # only the echo is wanted: that needs no engine
+            check_ready(serving)
+            return Generation([], params.n, sum(map(len, job.prompts)), job.kv_policy)
+        params = replace(params, best_of=None, beams=None)  # there is nothing to choose from
     return Generation.submit(
         serving,
         job.prompts,
@@ -117,7 +117,6 @@ def _start(job: Job) -> Generation:
         kv_policy=job.kv_policy,
         cache_salt=body.cache_salt,
         request_id=job.head["id"],
-        only_prompts=not job.max_tokens,
     )
 
 
