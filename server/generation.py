@@ -20,7 +20,7 @@ from server.standing import Standing
 from server.transcript import Transcript
 
 if TYPE_CHECKING:
-    from engine.request_state import RequestStream
+    from engine.request_state import RequestStream, Vector
     from server.serving import Serving
 
 Outputs = AsyncGenerator[tuple[int, Output], None]
@@ -63,14 +63,17 @@ class Generation:
         kv_policy: KVPolicy,
         cache_salt: str | None,
         request_id: str,
+        param: str = "prompt",
     ) -> Self:
         """Hand every prompt to the engine, or none. Nothing else runs meanwhile, so the queue's limit is kept.
+
+        ``param`` is the field that the prompts come from.
 
         Raises:
             ApiError, InvalidRequestError: the queue does not take them.
             InvalidRequestError, EngineDeadError: the engine does not.
         """
-        admit(serving, prompts)
+        admit(serving, prompts, param)
         timeout = standing.timeout
         streams: list[RequestStream] = []
         try:
@@ -100,6 +103,12 @@ class Generation:
     def prompt_logprobs(self, index: int) -> Sequence[TokenLogprob]:
         """Of the prompt of a choice, from the prompt's second token on; known with the choice's first output."""
         return self._streams[index // self._n].prompt_logprobs
+
+    def embedding(self, index: int) -> "Vector":
+        """Of one of the prompts, if it was asked for; known with its output."""
+        vector = self._streams[index].embedding
+        assert vector is not None
+        return vector
 
     def abort(self) -> None:
         """Free everything at once; ``outputs`` ends. Harmless when all is done."""

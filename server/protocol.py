@@ -19,8 +19,7 @@ from pydantic import (
 
 from engine.beam_search import MAX_LENGTH_PENALTY
 from engine.errors import InvalidRequestError
-from server.body import MAX_NAME_LENGTH, Body, Name
-from server.kv_policy import KVPolicyField
+from server.body import Body, Name
 from server.structured_output import ConstrainedBody
 from server.tools import ToolCalls, ToolChoiceField, Tools, check_choice
 
@@ -31,9 +30,6 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_BIASES = 1024
 MAX_CHOICES = 2048
 """Prompts times continuations of one request."""
-MAX_USER_LENGTH = 1024
-MAX_TIMEOUT = 86400
-"""Seconds."""
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_VALUES = 4096
 """Values in a request's ``chat_template_kwargs``, nested ones included."""
@@ -184,9 +180,8 @@ class StreamOptions(Body):
 
 
 class SamplingBody(ConstrainedBody):
-    """What both endpoints take to steer sampling."""
+    """What all endpoints that generate take to steer sampling."""
 
-    model: Name | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     stream: bool | None = None
@@ -215,18 +210,17 @@ class SamplingBody(ConstrainedBody):
     length_penalty: Annotated[float, Field(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] | None = None
     early_stopping: EarlyStopping = None
 
-    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)] | None = None
-    user: Annotated[str, Field(max_length=MAX_USER_LENGTH)] | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
-    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
-    kv_policy: KVPolicyField = None
-
     bad_words: Annotated[Any, unserved([])] = None
     allowed_token_ids: Annotated[Any, unserved()] = None
     prompt_logprobs: Annotated[Any, unserved()] = None
     skip_special_tokens: Annotated[Any, unserved(True)] = None
     include_stop_str_in_output: Annotated[Any, unserved(False)] = None
     truncate_prompt_tokens: Annotated[Any, unserved()] = None
+
+    @property
+    def num_made(self) -> int:
+        """How many continuations of a prompt are made."""
+        return self.best_of or self.n or 1
 
     @model_validator(mode="after")
     def _options_belong_to_streams(self) -> Self:
@@ -272,7 +266,7 @@ class CompletionRequest(SamplingBody):
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequestError("max_tokens may only be 0 together with echo", param="max_tokens")
         name = "n" if self.best_of is None else "best_of"
-        if len(self.prompt) * (self.best_of or self.n or 1) > MAX_CHOICES:
+        if len(self.prompt) * self.num_made > MAX_CHOICES:
             raise InvalidRequestError(f"prompts times {name} must be at most {MAX_CHOICES}", param=name)
         return self
 

@@ -77,7 +77,7 @@ async def _start(serving: Serving, body: ChatRequest, standing: Standing) -> Job
         variables=body.chat_template_kwargs,
         tools=() if tools is None else tools.tools,
     )
-    room = serving.room([prompt], wanted, "messages", body=body, policy=policy)
+    room = serving.room([prompt], wanted, "messages", policy=policy, num_made=body.num_made)
     grammar = await compiled(serving.engine, demands)
     params = sampling_params(
         body,

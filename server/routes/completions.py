@@ -76,15 +76,11 @@ async def completions(request: Request) -> Response:
 async def _prepare(serving: Serving, body: CompletionRequest, standing: Standing) -> Job:
     """Everything that can refuse the request, before the engine hears of it."""
     model, policy = serving.model(body.model), serving.kv_policy(body)
-    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
-    prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
-    await serving.check_prompts(prompts, "prompt")
-    if texts:  # a prompt is all texts or all ids
-        prompts = await serving.encode(texts, add_special_tokens=body.add_special_tokens is not False, param="prompt")
-    room = serving.room(prompts, body.max_tokens, "prompt", body=body, policy=policy)
+    prompts = await serving.tokenize(body.prompt, add_special_tokens=body.add_special_tokens, param="prompt")
+    room = serving.room(prompts, body.max_tokens, "prompt", policy=policy, num_made=body.num_made)
     echoes = [""] * len(prompts)
     if body.echo:
-        echoes = texts or await serving.decode(prompts)
+        echoes = [one for one in body.prompt if isinstance(one, str)] or await serving.decode(prompts)
     return Job(
         body=body,
         serving=serving,

@@ -68,6 +68,7 @@ class FakeStream:
     request_id: str
     order: Mapping[str, Any]
     """Priority, tenant, timeout and KV policy."""
+    salt: str | None = None
     aborted: bool = False
     produced: int = 0
     cached_tokens: int = 0
@@ -199,7 +200,7 @@ class FakeEngine:
     ) -> FakeStream:
         if not self.healthy:
             raise EngineDeadError("the loop broke at /home/user")
-        stream = FakeStream(self, prompt, params, request_id, order)
+        stream = FakeStream(self, prompt, params, request_id, order, salt=cache_salt)
         self.submitted.append(stream)
         self.open.add(stream)
         return stream

@@ -9,16 +9,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.kv_policies.registry import POLICIES
+from server.embeddings import EmbeddingRequest
 from server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tests.server.conftest import Live
 
 MODELS = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/embeddings": EmbeddingRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-SOUND: dict[str, Any] = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [1]}
+SOUND: dict[str, Any] = {"prompt": "x", "input": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [1]}
 
 texts = st.one_of(st.text(max_size=20), st.sampled_from(["user", "assistant", "text", "full", "fake", "\x00", "</s>"]))
 scalars = st.one_of(

@@ -13,16 +13,16 @@ from server.protocol import CompletionRequest
 from server.standing import Tenants, standing_of
 from tests.server.conftest import Live
 from tests.server.fakes import FakeEngine
+from tests.server.refusals import check_error
 from tests.server.scripted import staged
-from tests.server.test_bad_requests import check_error
 
-PATHS = ["/v1/completions", "/v1/chat/completions"]
+PATHS = ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
 FOR_EVER = 86400.0
 """An ageing that plays no part in a test."""
 
 
 def body(**fields: Any) -> dict[str, Any]:
-    return {"prompt": "x", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, **fields}
+    return {"prompt": "x", "input": "x", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, **fields}
 
 
 def bearing(key: str) -> dict[str, str]:

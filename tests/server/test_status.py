@@ -57,6 +57,10 @@ def test_the_api_describes_its_bodies(live: Live) -> None:
             assert described["required"] == ["type"]
             given = {one: field.get("default", field.get("const")) for one, field in described["properties"].items()}
             assert given == describe(policy())
+    (embedding,) = description["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"].values()
+    assert embedding["schema"]["$ref"] == "#/components/schemas/EmbeddingRequest"
+    embedding = description["components"]["schemas"]["EmbeddingRequest"]
+    assert {"input", "dimensions", "pooling", "cache_salt"} < embedding["properties"].keys()
     assert live.http.get("/docs").status_code == 200
 
 
