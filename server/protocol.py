@@ -130,8 +130,8 @@ def _template_values(value: dict[str, Any] | None) -> dict[str, Any] | None:
     return value
 
 
-def _content(value: object) -> str | None:
-    """A message's text; the text parts of a list are joined by newlines."""
+def text_of_parts(value: object, fields: Mapping[str, str]) -> str | None:
+    """A message's text, its parts joined by newlines. ``fields`` say, by a part's type, where its text is."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -140,12 +140,17 @@ def _content(value: object) -> str | None:
     for part in value:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise ValueError("each part must be an object with a type")
-        if part["type"] != "text":
-            raise ValueError(f"parts of type {part['type'][:64]!r} are not served; only 'text' is")
-        if not isinstance(part.get("text"), str):
-            raise ValueError("a part of type 'text' must have a text")
-        texts.append(part["text"])
+        field = fields.get(part["type"])
+        if field is None:
+            raise ValueError(f"parts of type {part['type'][:64]!r} are not served, only {', '.join(map(repr, fields))}")
+        if not isinstance(part.get(field), str):
+            raise ValueError(f"a part of type {part['type']!r} must have a {field}")
+        texts.append(part[field])
     return "\n".join(texts)
+
+
+def _content(value: object) -> str | None:
+    return text_of_parts(value, {"text": "text"})
 
 
 Prompt = Annotated[
