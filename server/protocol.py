@@ -55,12 +55,12 @@ _INTS = {"type": "array", "items": {"type": "integer"}}
 _STRINGS = {"type": "array", "items": {"type": "string"}}
 
 
-def unserved(*neutral: object) -> AfterValidator:
-    """For a field that is not served yet: null and the ``neutral`` values pass, for they ask for nothing."""
+def unserved(*neutral: object, why: str = "this is not served yet; leave it out") -> AfterValidator:
+    """For a field that is not served: null and the ``neutral`` values pass, for they ask for nothing."""
 
     def check(value: object) -> None:
         if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
-            raise ValueError("this is not served yet; leave it out")
+            raise ValueError(why)
 
     return AfterValidator(check)
 
