@@ -6,6 +6,8 @@ import pytest
 
 from tests.server.conftest import Live
 from tests.server.refusals import check_error
+from tests.server.test_bad_embeddings import REFUSED as EMBEDDINGS_REFUSED
+from tests.server.test_bad_responses import REFUSED as RESPONSES_REFUSED
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -294,6 +296,9 @@ def test_a_hostile_request_leaves_a_neighbours_stream_unchanged(live: Live) -> N
     live.engine.pace = 0.002
     stream = live.openai.completions.create(model="fake", prompt="me", max_tokens=60, stream=True)
     text = next(stream).choices[0].text
-    for path, body in (request for request, _ in REFUSED[::4]):
+    hostile = [request for request, _ in REFUSED[::4]]
+    hostile += [("/v1/embeddings", {"input": "x", **fields}) for fields, _ in EMBEDDINGS_REFUSED[::4]]
+    hostile += [("/v1/responses", {"input": "x", **fields}) for fields, _ in RESPONSES_REFUSED[::4]]
+    for path, body in hostile:
         check_error(live.http.post(path, json=body), 400)
     assert text + "".join(chunk.choices[0].text for chunk in stream) == alone

@@ -15,36 +15,53 @@ from tests.server.refusals import check_error
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
 EMBEDDINGS = "/v1/embeddings"
 HI = {"role": "user", "content": "Hi"}
+QUESTIONS: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "x"},
+    CHAT: {"messages": [{"role": "user", "content": "x"}]},
+    RESPONSES: {"input": "x"},
+    EMBEDDINGS: {"input": "x"},
+}
+"""To each a sound request."""
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, EMBEDDINGS])
+@pytest.mark.parametrize("path", QUESTIONS)
 @pytest.mark.parametrize(
     "body",
     [
-        b"",
-        b"{",
+        "",
+        "{",
         b"\xff\xfe",
         b'{"prompt": "\xff"}',
-        b'{"prompt": "x", "timeout": NaN, "input": "x", "messages": [{"role": "user", "content": "x"}]}',
-        b'{"prompt": "x", "timeout": 1e999, "input": "x", "messages": [{"role": "user", "content": "x"}]}',
-        b'{"prompt": "\\ud800", "input": "\\ud800", "messages": [{"role": "user", "content": "\\ud800"}]}',
-        b'{"prompt": ' + b"[" * 100_000,
-        b'{"x": ' * 10_000,
-        b'{"n": ' + b"9" * 10_000 + b"}",
+        '{QUESTION, "timeout": NaN}',
+        '{QUESTION, "timeout": 1e999}',
+        '{QUESTION, "user": "\\ud800"}',
+        '{QUESTION, "user": ' + "[" * 100_000,
+        '{"x": ' * 10_000,
+        '{"n": ' + "9" * 10_000 + "}",
     ],
-    ids=lambda body: str(body[:40]),
+    ids=lambda body: str(body)[:40],
 )
-def test_bytes_that_are_not_a_sound_request_are_a_400(live: Live, path: str, body: bytes) -> None:
-    check_error(live.http.post(path, content=body, headers={"content-type": "application/json"}), 400)
+def test_bytes_that_are_not_a_sound_request_are_a_400(live: Live, path: str, body: str | bytes) -> None:
+    question = json.dumps(QUESTIONS[path])[1:-1]
+    content = body.replace("QUESTION", question) if isinstance(body, str) else body
+    check_error(live.http.post(path, content=content, headers={"content-type": "application/json"}), 400)
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("path", QUESTIONS)
+def test_a_lone_surrogate_is_no_text(live: Live, path: str) -> None:
+    content = json.dumps(QUESTIONS[path]).replace('"x"', '"\\ud800"')
+    check_error(live.http.post(path, content=content, headers={"content-type": "application/json"}), 400)
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, RESPONSES])
 @pytest.mark.parametrize("number", ["NaN", "1e999"])
 def test_a_temperature_that_is_no_number_is_a_400(live: Live, path: str, number: str) -> None:
-    body = f'{{"prompt": "x", "messages": [{{"role": "user", "content": "x"}}], "temperature": {number}}}'
-    check_error(live.http.post(path, content=body, headers={"content-type": "application/json"}), 400)
+    content = f'{json.dumps(QUESTIONS[path])[:-1]}, "temperature": {number}}}'
+    error = check_error(live.http.post(path, content=content, headers={"content-type": "application/json"}), 400)
+    assert error["param"] == "temperature"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +70,8 @@ def test_a_temperature_that_is_no_number_is_a_400(live: Live, path: str, number:
         ("GET", "/nothing", 404),
         ("POST", "/v1/moderations", 404),
         ("GET", EMBEDDINGS, 405),
+        ("GET", RESPONSES, 405),
+        ("POST", "/v1/responses/resp_1/cancel", 404),
         ("GET", "/v1/models/other", 404),
         ("GET", COMPLETIONS, 405),
         ("DELETE", "/v1/models", 405),
@@ -63,9 +82,9 @@ def test_a_wrong_url_or_method_has_openais_shape_too(live: Live, method: str, pa
     check_error(live.http.request(method, path), status)
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, EMBEDDINGS])
+@pytest.mark.parametrize("path", QUESTIONS)
 def test_a_model_that_is_not_served_is_a_404(live: Live, path: str) -> None:
-    body = {"prompt": "x", "input": "x", "messages": [HI], "model": "gpt-9"}
+    body = {**QUESTIONS[path], "model": "gpt-9"}
     error = check_error(live.http.post(path, json=body), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found")
     with pytest.raises(openai.NotFoundError):

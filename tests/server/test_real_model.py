@@ -219,6 +219,15 @@ def test_a_tool_is_called_with_arguments_that_fit(real: Live, choice: Any) -> No
     jsonschema.validate(json.loads(call.function.arguments), schema)
 
 
+def test_a_response_is_what_the_chat_says_and_its_stream_the_same(real: Live) -> None:
+    (choice,) = _chat(real).choices
+    given: dict[str, Any] = {"model": MODEL, "input": QUESTION, "temperature": 0, "max_output_tokens": 24}
+    assert real.openai.responses.create(**given).output_text == choice.message.content
+    with real.openai.responses.stream(**given) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        assert stream.get_final_response().output_text == choice.message.content == "".join(deltas)
+
+
 def test_texts_that_mean_alike_have_embeddings_closer_than_others_and_the_same_alone(real: Live) -> None:
     texts = [
         "A cat sleeps on the sofa.",

@@ -59,8 +59,13 @@ def test_the_api_describes_its_bodies(live: Live) -> None:
             assert given == describe(policy())
     (embedding,) = description["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"].values()
     assert embedding["schema"]["$ref"] == "#/components/schemas/EmbeddingRequest"
-    embedding = description["components"]["schemas"]["EmbeddingRequest"]
-    assert {"input", "dimensions", "pooling", "cache_salt"} < embedding["properties"].keys()
+    schemas = description["components"]["schemas"]
+    assert {"input", "dimensions", "pooling", "cache_salt"} < schemas["EmbeddingRequest"]["properties"].keys()
+    given = schemas["ResponseRequest"]["properties"]
+    assert {"instructions", "tools", "top_k", "kv_policy", "cache_salt"} < given.keys()
+    text, items = given["input"]["anyOf"]
+    assert text == {"type": "string"}
+    assert items["items"] == {"$ref": "#/components/schemas/InputItem"}
     assert live.http.get("/docs").status_code == 200
 
 
