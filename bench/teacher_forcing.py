@@ -82,10 +82,10 @@ class Witness:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
-    def __call__(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+    def hidden_states(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """The decoder's step. Nothing is handed on, for nothing is sampled."""
         rows = torch.tensor(self.rows, dtype=torch.int64, device=batch.tokens.device)
-        self.logits = self._decoder(replace(batch, logits_rows=rows), cache)
+        self.logits = self._decoder(replace(batch, output_rows=rows), cache)
         return self.logits[:0]
 
 

@@ -12,10 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from engine.config import EngineConfig
 from engine.engine_info import EngineInfo
+from engine.engine_stats import EngineStats
 from engine.errors import (
     ConfigError,
     EngineDeadError,
@@ -28,15 +28,15 @@ from engine.errors import (
 from engine.grammar_compiler import GrammarCompiler
 from engine.kv_policies.policy import KVPolicy
 from engine.memory import is_out_of_memory
-from engine.model_runner import ModelRunner
+from engine.model_runner import ModelRunner, StepResult
 from engine.observer import EngineObserver
-from engine.outputs import TokenLogprob
+from engine.prompt_outputs import is_broken
 from engine.request_checks import RequestChecks, is_endless
 from engine.request_state import RequestState, RequestStream
 from engine.sampler import Sample, SampleRow
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
-from scheduler.batch import ScheduledBatch, ScheduledSequence
+from scheduler.batch import ScheduledBatch
 from scheduler.kv_budget import Selection
 from scheduler.scheduler import Scheduler
 
@@ -46,34 +46,6 @@ STALL_SECONDS = 120.0
 """A step that takes longer will never end: a whole prompt of a large model on a slow CPU takes a few seconds."""
 
 _FAILED = "the engine has failed; see the server's log"
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A snapshot."""
-
-    num_running: int
-    num_waiting: int
-    """Requests that have not begun, and sequences that were preempted."""
-    num_queued: int
-    """Requests that have not begun."""
-    num_queued_tokens: int
-    """Their prompt tokens."""
-    used_blocks: int
-    num_blocks: int
-    block_size: int
-    used_host_blocks: int = 0
-    num_host_blocks: int = 0
-
-    @property
-    def kv_usage(self) -> float:
-        """The share of the KV blocks that sequences hold, 0 to 1."""
-        return self.used_blocks / self.num_blocks
-
-    @property
-    def host_kv_usage(self) -> float:
-        """The same of the host tier's blocks; 0 where there is none."""
-        return self.used_host_blocks / self.num_host_blocks if self.num_host_blocks else 0.0
 
 
 class AsyncEngine:
@@ -123,6 +95,11 @@ class AsyncEngine:
     def max_model_len(self) -> int:
         """Tokens of prompt and output together, at most."""
         return self.info.max_model_len
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of an embedding."""
+        return self.info.hidden_size
 
     # What clients call
 
@@ -252,16 +229,14 @@ class AsyncEngine:
                 self._step_began = time.monotonic()
                 try:
                     result = await loop.run_in_executor(
-                        worker, self._runner.execute, batch, rows, policies, self._scored(batch)
+                        worker, self._runner.execute, batch, rows, policies, self._observed(batch)
                     )
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
                     self._lose_step(batch, error)
                 else:
-                    for index, scores in result.scores.items():
-                        self._score(batch.items[index], scores)
-                    self._finish_step(batch, result.samples)
+                    self._finish_step(batch, result)
                 finally:
                     self._step_began = None
                 # Let the clients' tasks send what they got before the next step takes all cores again: a model thread
@@ -278,15 +253,10 @@ class AsyncEngine:
         ids = [item.sequence.request.request_id for item in batch.items if isinstance(item.kv_budget, Selection)]
         return {request_id: self._states[request_id].policy for request_id in ids}
 
-    def _scored(self, batch: ScheduledBatch) -> dict[str, int]:
-        """Of the requests whose prompts the step scores, by id, how many of the best tokens they want."""
-        ids = [item.sequence.request.request_id for item in batch.items if item.num_scored]
-        return {request_id: self._states[request_id].num_prompt_logprobs for request_id in ids}
-
-    def _score(self, item: ScheduledSequence, scores: list[TokenLogprob]) -> None:
-        state = self._states.get(item.sequence.request.request_id)
-        if state is not None:  # it may have gone while the step ran
-            state.score(item.start, scores)
+    def _observed(self, batch: ScheduledBatch) -> dict[str, SamplingParams]:
+        """What the requests ask for of whose prompts the step observes positions, by id."""
+        ids = [item.sequence.request.request_id for item in batch.items if item.observed]
+        return {request_id: self._states[request_id].params for request_id in ids}
 
     async def _sleep(self, until: float | None) -> None:
         """Until a request comes or goes, or that time is reached."""
@@ -332,20 +302,34 @@ class AsyncEngine:
             state = self._states.pop(request.request_id)
             state.end("error", self.observer, OutOfMemoryError("the server ran out of memory: try again"))
 
-    def _fail_broken(self, batch: ScheduledBatch, samples: list[list[Sample]]) -> None:
+    def _fail_broken(self, batch: ScheduledBatch, result: StepResult) -> None:
         """End the requests for which the model gave no numbers; nothing that they computed may be reused."""
-        for item, group in zip(batch.items, samples, strict=True):
+        broken_prompts = {index for index, output in result.prompts.items() if is_broken(output)}
+        for index, (item, group) in enumerate(zip(batch.items, result.samples, strict=True)):
             request = item.sequence.request
-            if not any(sample.broken for sample in group):
+            if index not in broken_prompts and not any(sample.broken for sample in group):
                 continue
             if (state := self._states.get(request.request_id)) is not None:
                 logger.error("request %s: the model's output is not a number", request.request_id)
                 self._refuse(state, NumericalError("the model's output is not a number"), tainted=True)
 
-    def _finish_step(self, batch: ScheduledBatch, samples: list[list[Sample]]) -> None:
-        self._fail_broken(batch, samples)
+    def _finish_prompts(self, batch: ScheduledBatch, result: StepResult, now: float) -> None:
+        """Tell what the prompts gave, and end the requests that want no more."""
+        for index, output in result.prompts.items():
+            item = batch.items[index]
+            if (state := self._states.get(item.sequence.request.request_id)) is not None:  # it may have gone meanwhile
+                state.observe(item.observed, output)
+        for item in batch.items:
+            request = item.sequence.request
+            if request.stop.max_tokens == 0 and item.sequence.finish_reason == "length":
+                self._states.pop(request.request_id).finish_prompt(now, self.observer)
+
+    def _finish_step(self, batch: ScheduledBatch, result: StepResult) -> None:
+        samples = result.samples
+        self._fail_broken(batch, result)
         appended = self._scheduler.update(batch, [[sample.token for sample in group] for group in samples])
         now = time.perf_counter()
+        self._finish_prompts(batch, result, now)
         for new in appended:
             request_id = new.sequence.request.request_id
             state = self._states.get(request_id)

@@ -13,6 +13,7 @@ class EngineInfo:
     device: str
     threads: int
     vocab_size: int
+    hidden_size: int
     max_model_len: int
     weight_bytes: int
     num_blocks: int

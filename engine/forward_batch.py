@@ -69,7 +69,7 @@ class PrunedSequence:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """B sequences with T tokens in all, of which R positions' logits are wanted."""
+    """B sequences with T tokens in all, of which R positions' outputs are wanted."""
 
     tokens: Tensor
     """[T] int64."""
@@ -83,9 +83,9 @@ class ForwardBatch:
     """[B] int32: slots in the KV cache, this step's included."""
     block_tables: Tensor
     """[B, M] int32; entries beyond a sequence's blocks are 0 and mean nothing."""
-    logits_rows: Tensor
-    """[R] int64: indices into T, those of scored positions first, then those to sample from."""
-    num_scored: int = 0
+    output_rows: Tensor
+    """[R] int64: indices into T, those of observed positions first, then those to sample from."""
+    num_observed: int = 0
     """How many those are."""
     limits: SlotLimits | None = None
     counted: Counted | None = None
@@ -95,10 +95,10 @@ class ForwardBatch:
     pruned: tuple["PrunedSequence", ...] = ()
     """The sequences whose policy prunes within attention."""
 
-    def sampled(self, x: Tensor) -> Tensor:
-        """x [T, …] → its R rows whose logits are wanted."""
-        whole = len(self.logits_rows) == len(x) and not self.num_scored  # then they are all, in order
-        return x if whole else x[self.logits_rows]
+    def wanted(self, x: Tensor) -> Tensor:
+        """x [T, …] → its R rows whose outputs are wanted."""
+        whole = len(self.output_rows) == len(x) and not self.num_observed  # then they are all, in order
+        return x if whole else x[self.output_rows]
 
     @classmethod
     def build(
@@ -123,7 +123,7 @@ class ForwardBatch:
         places = positions - dropped[owner]
         slots = tables[owner, places // block_size].astype(np.int64) * block_size + places % block_size
         sampled = ends[np.array([item.num_samples > 0 for item in items])] - 1
-        scored = _scored(items, ends - counts)
+        observed = _observed(items, ends - counts)
 
         def on_device(values: _Numbers, dtype: type) -> Tensor:
             return torch.from_numpy(values.astype(dtype, copy=False)).to(device, non_blocking=True)
@@ -135,8 +135,8 @@ class ForwardBatch:
             query_start=on_device(np.concatenate(([0], ends)), np.int32),
             seq_lens=on_device(starts + counts - dropped, np.int32),
             block_tables=torch.from_numpy(tables).to(device, non_blocking=True),
-            logits_rows=on_device(np.concatenate((scored, sampled)), np.int64),
-            num_scored=len(scored),
+            output_rows=on_device(np.concatenate((observed, sampled)), np.int64),
+            num_observed=len(observed),
             **_of_budgets(items, positions, owner, ends - counts, policies, device),
         )
 
@@ -146,9 +146,13 @@ def _limit(budget: KVBudget | None) -> Window | None:
     return budget if isinstance(budget, Window) and not budget.own else None
 
 
-def _scored(items: Sequence[ScheduledSequence], rows: "_Numbers") -> "_Numbers":
-    """The rows of scored positions."""
-    ranges = [np.arange(row, row + item.num_scored) for item, row in zip(items, rows, strict=True) if item.num_scored]
+def _observed(items: Sequence[ScheduledSequence], rows: "_Numbers") -> "_Numbers":
+    """The rows of observed positions."""
+    ranges = [
+        np.arange(item.observed.start, item.observed.stop) - item.start + row
+        for item, row in zip(items, rows, strict=True)
+        if item.observed
+    ]
     return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
 
 

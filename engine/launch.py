@@ -159,6 +159,7 @@ def engine_info(config: EngineConfig, loaded: LoadedModel, plan: MemoryPlan) -> 
         device=str(loaded.device),
         threads=loaded.threads,
         vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
         max_model_len=plan.max_model_len,
         weight_bytes=loaded.decoder.nbytes,
         num_blocks=plan.num_blocks,

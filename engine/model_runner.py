@@ -12,9 +12,9 @@ from engine.kv_cache import KVCache
 from engine.kv_compaction import compact
 from engine.kv_policies.policy import KVPolicy
 from engine.models.decoder import Decoder
-from engine.outputs import TokenLogprob
-from engine.prompt_logprobs import score_prompts
+from engine.prompt_outputs import PromptOutput, read_prompts
 from engine.sampler import Sample, SampleRow, sample
+from engine.sampling_params import SamplingParams
 from engine.token_masks import TokenMasks
 from scheduler.batch import ScheduledBatch
 
@@ -24,8 +24,8 @@ class StepResult(NamedTuple):
 
     samples: list[list[Sample]]
     """By item, its ``num_samples``."""
-    scores: Mapping[int, list[TokenLogprob]] = MappingProxyType({})
-    """By item, where its prompt is scored: of the prompt tokens that follow those which the step computed."""
+    prompts: Mapping[int, PromptOutput] = MappingProxyType({})
+    """By item, where positions of its prompt were observed: what those gave."""
 
 
 class ModelRunner:
@@ -43,12 +43,12 @@ class ModelRunner:
         batch: ScheduledBatch,
         rows: Sequence[SampleRow],
         policies: Mapping[str, KVPolicy] = MappingProxyType({}),
-        prompt_logprobs: Mapping[str, int] = MappingProxyType({}),
+        observed: Mapping[str, SamplingParams] = MappingProxyType({}),
     ) -> StepResult:
         """Compute one step. ``rows`` holds each item's ``num_samples`` rows in turn.
 
         ``policies`` by request id are those of the batch's requests with a `Selection` as their budget;
-        ``prompt_logprobs`` say, for those whose prompts are scored, how many of the best tokens are wanted.
+        ``observed`` are the parameters of those of whose prompts positions are observed.
         """
         self.cache.transfer(batch.transfers)
         compact(self.cache, [(one, policies[one.sequence.request.request_id]) for one in batch.compactions])
@@ -56,15 +56,20 @@ class ModelRunner:
             return StepResult([])
         masks = self._masks.begin([row.matcher for row in rows])
         forward = ForwardBatch.build(batch.items, self.cache.block_size, self._device, policies)
-        logits = self.model(forward, self.cache)
-        scores = score_prompts(logits[: forward.num_scored], batch.items, prompt_logprobs) if forward.num_scored else {}
-        logits = logits[forward.num_scored :]
+        states = self.model.hidden_states(forward, self.cache)
+        prompts: Mapping[int, PromptOutput] = {}
+        if forward.num_observed:
+            prompts = read_prompts(states[: forward.num_observed], self.model.head, batch.items, observed)
+            states = states[forward.num_observed :]
+        if not rows:
+            return StepResult([[] for _ in batch.items], prompts)
+        logits = self.model.head(states)
         if len(rows) > len(logits):  # a prompt forks: each continuation draws from the same logits
             repeats = torch.tensor([item.num_samples for item in batch.items if item.num_samples > 0])
             logits = logits.repeat_interleave(repeats.to(self._device), dim=0)
-        samples = sample(logits, rows, masks.result(self._device)) if rows else []
+        samples = sample(logits, rows, masks.result(self._device))
         for row, one in zip(rows, samples, strict=True):
             if row.matcher is not None:
                 row.matcher.accept(one.token)
         rest = iter(samples)
-        return StepResult([list(islice(rest, item.num_samples)) for item in batch.items], scores)
+        return StepResult([list(islice(rest, item.num_samples)) for item in batch.items], prompts)

@@ -8,6 +8,7 @@ from engine.engine_info import EngineInfo
 from engine.errors import InvalidRequestError
 from engine.kv_policies.fit import budget_refusal, fitted
 from engine.kv_policies.policy import KVPolicy
+from engine.prompt_outputs import observed_positions
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from scheduler.kv_budget import KVBudget, Window
@@ -50,8 +51,11 @@ class RequestChecks:
         if params.logprobs is not None and not 0 <= params.logprobs <= self._info.vocab_size:
             raise InvalidRequestError(f"logprobs must be from 0 to {self._info.vocab_size}", param="logprobs")
         max_tokens = self._max_tokens(len(prompt), params.max_tokens, endless=is_endless(policy))
-        if max_tokens < 1:
-            raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
+        least = 1 if params.ranked or params.beams is not None else 0
+        if max_tokens < least:
+            raise InvalidRequestError(f"max_tokens must be at least {least}", param="max_tokens")
+        if params.pooling is not None and params.prompt_logprobs is not None:
+            raise InvalidRequestError("a prompt is either scored or pooled", param="pooling")
         if params.min_tokens > max_tokens:
             raise InvalidRequestError(f"min_tokens is more than max_tokens ({max_tokens})", param="min_tokens")
         if params.grammar is not None and params.beams is not None:
@@ -67,9 +71,15 @@ class RequestChecks:
         stops = {token for token in eos if token < self._info.vocab_size}.union(params.stop_token_ids)
         rule = StopRule(max_tokens=max_tokens, min_tokens=params.min_tokens, stop_token_ids=frozenset(stops))
         beam_width = None if params.beams is None else params.width
-        scored = params.prompt_logprobs is not None
         return Request(
-            request_id, prompt, rule, n=params.width, beam_width=beam_width, kv_budget=budget, scored=scored, **options
+            request_id,
+            prompt,
+            rule,
+            n=params.width,
+            beam_width=beam_width,
+            kv_budget=budget,
+            observed=observed_positions(params, len(prompt)),
+            **options,
         )
 
     def budget(self, policy: KVPolicy) -> KVBudget | None:
@@ -88,7 +98,7 @@ class RequestChecks:
         room = self._info.max_model_len - num_prompt
         if endless:
             return max(room, 1) if wanted is None else min(wanted, _LONGEST - num_prompt)
-        if room < 1 or (wanted is not None and wanted > room):
+        if room < (1 if wanted is None else wanted):
             asked = "" if wanted is None else f" and {wanted} output tokens were asked for"
             raise InvalidRequestError(
                 f"the model's context length is {self._info.max_model_len} tokens; the prompt has {num_prompt}{asked}",

@@ -5,6 +5,9 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+import numpy as np
+from torch import Tensor
+
 from engine.beam_progress import BeamProgress
 from engine.beam_search import Hypothesis
 from engine.errors import OctavoError
@@ -12,11 +15,15 @@ from engine.grammar_matcher import GrammarMatcher
 from engine.kv_policies.policy import KVPolicy
 from engine.observer import EngineObserver, RequestRecord
 from engine.outputs import Output, TokenLogprob
+from engine.prompt_outputs import PromptOutput
 from engine.sampler import Sample, SampleRow
 from engine.sampling_params import SamplingParams
 from engine.text_stream import TextStream
 from engine.tokenizer import Tokenizer
 from scheduler.request import FinishReason, Request, Sequence, Status
+
+Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
+"""An embedding."""
 
 
 class RequestStream:
@@ -35,6 +42,8 @@ class RequestStream:
         """Tokens whose KV the request's policy took so far, again if they had to be recomputed."""
         self.prompt_logprobs: list[TokenLogprob] = []
         """Of the prompt's tokens from the second on, if they were asked for; all are there with the first output."""
+        self.embedding: Vector | None = None
+        """[hidden], the prompt's pooled states, if they were asked for; there with the first output."""
         self.kv_slots = 0
         """KV slots that the continuations, or the last beams, held when they ended; known with the last output."""
         self._abort = abort
@@ -100,8 +109,9 @@ class RequestState:
         self.policy = policy
         self.stream = stream
         self.first_step: float | None = None
-        self._params = params
+        self.params = params
         self._seed = seed
+        self._pooled: Tensor | float = 0.0
         self._arrival = time.perf_counter()
         count = params.n if params.beams else params.width
         texts = [TextStream(tokenizer, params.stop) for _ in range(count)]
@@ -116,11 +126,6 @@ class RequestState:
     def ended(self) -> bool:
         """Whether every continuation's end has been told to the client."""
         return not any(continuation.open for continuation in self._continuations)
-
-    @property
-    def num_prompt_logprobs(self) -> int:
-        """How many of the likeliest tokens are wanted at each of the prompt's positions."""
-        return self._params.prompt_logprobs or 0
 
     @property
     def num_slots(self) -> int:
@@ -138,15 +143,26 @@ class RequestState:
         self.stream.evicted_tokens += tokens
         observer.on_eviction(policy=self.policy.name, tokens=tokens)
 
-    def score(self, start: int, scores: list[TokenLogprob]) -> None:
-        """Note how likely the prompt tokens behind position ``start`` are, perhaps once more."""
-        self.stream.prompt_logprobs[start:] = scores
+    def observe(self, positions: range, output: PromptOutput) -> None:
+        """Note what the next positions of the prompt gave, or those from the first one on once more."""
+        if not isinstance(output, Tensor):
+            self.stream.prompt_logprobs[positions.start :] = output
+            return
+        observed = self.request.observed
+        self._pooled = output if positions.start == observed.start else self._pooled + output
+        if positions.stop == observed.stop:
+            self.stream.embedding = (self._pooled / len(observed)).float().numpy()
+
+    def finish_prompt(self, now: float, observer: EngineObserver) -> None:
+        """End every continuation of a prompt that none is wanted of."""
+        for continuation in self._continuations:
+            self._send(continuation, Output(continuation.index, "", (), (), "length"), now, observer)
 
     def rows(self, sequence: Sequence, num_samples: int) -> list[SampleRow]:
         """What the sampler needs to know to draw the next ``num_samples`` tokens after ``sequence``."""
         return [
             SampleRow(
-                params=self._params,
+                params=self.params,
                 seed=(self._seed & (2**64 - 1)) << 32 | index,
                 tokens=sequence.tokens,
                 num_prompt_tokens=self.request.num_prompt_tokens,
@@ -167,7 +183,7 @@ class RequestState:
         continuation = self._continuations[sequence.index]
         self._observe_token(continuation, now, observer)
         self.stream.generated_tokens += 1
-        may_stop = continuation.num_tokens > self._params.min_tokens
+        may_stop = continuation.num_tokens > self.params.min_tokens
         piece = continuation.text.push(sample.token, may_stop=may_stop)
         complete = continuation.matcher is not None and continuation.matcher.complete
         text, reason = piece.text, "stop" if complete else sequence.finish_reason
@@ -179,7 +195,7 @@ class RequestState:
             text += rest.text
             if rest.stop is not None:
                 reason, stop_reason = "stop", rest.stop
-            elif reason == "stop" and sample.token in self._params.stop_token_ids:
+            elif reason == "stop" and sample.token in self.params.stop_token_ids:
                 stop_reason = sample.token
         logprobs: tuple[TokenLogprob, ...] = ()
         if sample.logprob is not None:
@@ -199,14 +215,14 @@ class RequestState:
         assert self.beams is not None
         found = self.beams.found
         generated = sum(len(one.tokens) for one in found)
-        found += [Hypothesis((), 0.0, "stop")] * (self._params.n - len(found))  # a vocabulary may hold no more
+        found += [Hypothesis((), 0.0, "stop")] * (self.params.n - len(found))  # a vocabulary may hold no more
         for continuation, one in zip(self._continuations, found, strict=False):
             tokens = one.tokens
             texts = [continuation.text.push(token, may_stop=False).text for token in tokens]
             text = "".join(texts) + continuation.text.finish().text
             continuation.num_tokens = len(tokens)
             last = tokens[-1] if tokens else None
-            stop_reason = last if one.finish_reason == "stop" and last in self._params.stop_token_ids else None
+            stop_reason = last if one.finish_reason == "stop" and last in self.params.stop_token_ids else None
             logprobs = self._asked(one.logprobs)
             output = Output(continuation.index, text, tokens, logprobs, one.finish_reason, stop_reason)
             self._send(continuation, output, now, observer)
@@ -224,10 +240,10 @@ class RequestState:
 
     def _asked(self, logprobs: tuple[TokenLogprob, ...]) -> tuple[TokenLogprob, ...]:
         """What the client sees of log-probabilities, which may have been computed to rank continuations only."""
-        return () if self._params.logprobs is None else logprobs
+        return () if self.params.logprobs is None else logprobs
 
     def _send(self, continuation: Continuation, output: Output, now: float, observer: EngineObserver) -> None:
-        if self._params.ranked:
+        if self.params.ranked:
             continuation.held.append(output)
         else:
             self.stream.put(output)
@@ -235,14 +251,14 @@ class RequestState:
             self._close(continuation, output.finish_reason, now, observer)
             if self.ended:
                 self.stream.kv_slots = sum(one.num_slots for one in self.request.sequences)
-                if self._params.ranked:
+                if self.params.ranked:
                     self._put_best()
                 self.stream.put(None)
 
     def _put_best(self) -> None:
         """Send the likeliest continuations by token, each whole; of equals those begun first."""
         ranked = sorted(self._continuations, key=lambda one: one.total_logprob / one.num_tokens, reverse=True)
-        for index, continuation in enumerate(ranked[: self._params.n]):
+        for index, continuation in enumerate(ranked[: self.params.n]):
             self.stream.put(Output.joined(index, continuation.held))
 
     def _observe_token(self, continuation: Continuation, now: float, observer: EngineObserver) -> None:

@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from engine.beam_search import BeamParams
 from engine.grammar import Grammar
+
+Pooling = Literal["mean", "last"]
+"""How a prompt's hidden states become one vector: their mean, or that of its last token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +24,8 @@ class SamplingParams:
     """How many are made, all sharing the prompt's KV blocks; None: ``n``. Of more than ``n`` those come out whose
     log-probability per token, under the model's raw distribution, is highest: whole, at the end, best first."""
     max_tokens: int | None = None
-    """Output tokens at most; None means as many as the context length leaves."""
+    """Output tokens at most; None means as many as the context length leaves. 0 samples nothing: the request ends when
+    its prompt is computed, each of ``n`` continuations with one empty output."""
     min_tokens: int = 0
     """Before this many output tokens neither EOS nor a stop token may be sampled, and no stop string ends the text."""
 
@@ -49,6 +54,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """None: none. k: those of each prompt token but the first, and of the k most likely ones in its place. The whole
     prompt is computed then; nothing of it comes from the prefix cache."""
+    pooling: Pooling | None = None
+    """None: none. Else one vector for the prompt, of the states that the model's head reads. For a mean the whole
+    prompt is computed, too. Not together with ``prompt_logprobs``."""
 
     grammar: Grammar | None = None
     """What the text must match, from its first token to its last. It ends with "stop" as soon as nothing may follow,

@@ -27,13 +27,13 @@ class ScheduledSequence(NamedTuple):
     block_table: array[int]
     """Block of each ``block_size`` slots, int32, long enough for all tokens up to the last one here."""
     num_samples: int
-    """Tokens to sample after the last position: 0 inside a prompt, ``n`` where a prompt ends and forks, else 1."""
+    """Tokens to sample after the last position: 0 inside a prompt, or where nothing is to follow it; ``n`` where a
+    prompt ends and forks, else 1."""
     num_dropped: int = 0
     """By how much a token's slot is less than its position."""
     kv_budget: KVBudget | None = None
-    num_scored: int = 0
-    """Of how many of the tokens, the first ones, the logits are wanted besides: those that a scored prompt goes on
-    after."""
+    observed: range = range(0)
+    """The positions among the tokens' for which the model's output is wanted besides."""
 
 
 class Transfers(NamedTuple):

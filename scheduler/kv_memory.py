@@ -287,11 +287,10 @@ class KVMemory:
         """The blocks of its longest known prefix, each with whether it is the host's, and how many before are not
         needed.
 
-        The last token is always computed, since its logits are wanted, and of a scored prompt all are.
+        The last token is always computed, since its logits are wanted, and so is all from the first observed one on.
         """
-        if sequence.request.scored:
-            return 0, []
-        wanted = sequence.num_tokens - 1
+        observed = sequence.request.observed
+        wanted = min(sequence.num_tokens - 1, observed.start) if observed else sequence.num_tokens - 1
         budget = sequence.request.kv_budget
         if budget is not None and _is_own(budget):
             return self._cached_window(self._keys(sequence, wanted), budget)

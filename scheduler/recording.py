@@ -31,7 +31,7 @@ class Recording:
     """What became of each, in the same order."""
     steps: list[Observation]
     left_out: int
-    """Requests that got no token: aborted or timed out while they waited, or still waiting at the end."""
+    """Requests that got no token: they wanted none, were aborted or timed out while they waited, or still wait."""
 
 
 @dataclass(slots=True)
@@ -153,10 +153,12 @@ class _Reader:
         if step is None:
             raise TraceError("an update without a step")
         step.seconds = seconds
-        for (name, index, _), sampled in zip(step.shares, tokens, strict=True):
+        for (name, index, (start, count, _)), sampled in zip(step.shares, tokens, strict=True):
             live = self._open.get(name)
             if live is None:  # it was aborted while the step ran
                 continue
+            if live.rule.max_tokens == 0 and start + count == len(live.prompt):
+                self._leave([name])
             for number, token in enumerate(sampled):
                 answer = live.continuations.setdefault(index + number, _Continuation())
                 answer.tokens.append(token)

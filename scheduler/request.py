@@ -31,6 +31,7 @@ class StopRule:
     """When a sequence ends by its tokens alone (stop strings need text, and are the engine's to find)."""
 
     max_tokens: int
+    """0: it ends when its prompt is computed."""
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
 
@@ -47,7 +48,8 @@ class Request:
     ``priority`` and ``tenant`` say who is served first (`Order`); at ``deadline``, in the seconds of `Scheduler.add`'s
     clock, whatever is unfinished ends. A beam search keeps ``beam_width`` sequences, and is told by
     `Scheduler.advance` which of them go on. Each of its sequences holds no more KV than ``kv_budget`` says.
-    Of a ``scored`` prompt the logits of every position are wanted, so none of it comes from the prefix cache.
+    ``observed`` are the positions of the prompt for which the model's output itself is wanted; so from the first of
+    them on nothing comes from the prefix cache. With no output tokens at all the request ends with its prompt.
     """
 
     def __init__(
@@ -63,13 +65,15 @@ class Request:
         tenant: str = "",
         deadline: float | None = None,
         kv_budget: KVBudget | None = None,
-        scored: bool = False,
+        observed: range = range(0),
     ) -> None:
         tokens = array("i", prompt)
         if not tokens:
             raise ValueError("a prompt has at least one token")
-        if n < 1 or stop.max_tokens < 1 or (beam_width is not None and beam_width < 1):
-            raise ValueError("n, the beam width and max_tokens are at least 1")
+        if n < 1 or (beam_width is not None and beam_width < 1):
+            raise ValueError("n and the beam width are at least 1")
+        if stop.max_tokens < (0 if beam_width is None else 1):
+            raise ValueError("max_tokens is at least 0, of a beam search 1")
         self.request_id = request_id
         self.stop = stop
         self.n = n
@@ -80,7 +84,7 @@ class Request:
         self.tenant = tenant
         self.deadline = deadline
         self.kv_budget = kv_budget
-        self.scored = scored
+        self.observed = observed
         self.arrival = 0.0
         self.rank: Rank = (0.0, 0)
         self.num_prompt_tokens = len(tokens)

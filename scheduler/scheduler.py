@@ -222,7 +222,8 @@ class Scheduler:
     def update(self, batch: ScheduledBatch, sampled: Iterable[Seq[int]]) -> list[Appended]:
         """Record a finished step: ``sampled[i]`` holds the ``num_samples`` tokens of ``batch.items[i]``.
 
-        What is sampled for a beam is not looked at: `advance` says how its search goes on.
+        What is sampled for a beam is not looked at: `advance` says how its search goes on. Who wants no token ends with
+        its prompt.
         """
         self._memory.end_step()
         appended: list[Appended] = []
@@ -236,6 +237,8 @@ class Scheduler:
                 continue
             if len(tokens) != item.num_samples:
                 raise ValueError(f"{item.num_samples} tokens were to be sampled, {len(tokens)} came")
+            if sequence.request.stop.max_tokens == 0 and sequence.num_uncomputed_tokens == 0:
+                self._finish(sequence, "length")
             forks = [self._fork(sequence) for _ in tokens[1:]] if len(tokens) > 1 else []
             for number, token in enumerate(tokens):
                 branch = forks[number - 1] if number else sequence
@@ -352,11 +355,15 @@ class Scheduler:
             self._queue.charge(sequence.request, num_tokens)
         start = sequence.num_computed_tokens
         end = start + num_tokens
-        num_samples = 0 if end < len(sequence.tokens) else 1 if sequence.request.beam_width else _places(sequence)
+        request = sequence.request
         tokens, table = sequence.tokens[start:end], sequence.block_table[:]
-        budget = sequence.request.kv_budget
-        scored = max(min(end, sequence.request.num_prompt_tokens - 1) - start, 0) if sequence.request.scored else 0
-        return ScheduledSequence(sequence, start, tokens, table, num_samples, sequence.num_dropped, budget, scored)
+        num_samples = 0 if end < len(sequence.tokens) else _num_samples(sequence)
+        observed = request.observed
+        if observed:
+            observed = range(max(observed.start, start), min(observed.stop, end))
+        return ScheduledSequence(
+            sequence, start, tokens, table, num_samples, sequence.num_dropped, request.kv_budget, observed
+        )
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take the blocks back; the sequence waits, before all that have not run yet, to go on or to be recomputed."""
@@ -395,6 +402,12 @@ def _remove(ordered: list[Sequence], sequence: Sequence) -> None:
     index = bisect_left(ordered, sequence.rank, key=_rank)
     if index < len(ordered) and ordered[index] is sequence:
         del ordered[index]
+
+
+def _num_samples(sequence: Sequence) -> int:
+    """How many tokens follow it once all that it has now is computed."""
+    request = sequence.request
+    return 0 if request.stop.max_tokens == 0 else 1 if request.beam_width else _places(sequence)
 
 
 def _places(sequence: Sequence) -> int:

@@ -226,7 +226,7 @@ def _described(request: Request) -> dict[str, Any]:
         "priority": request.priority,
         "tenant": request.tenant,
         "deadline": request.deadline,
-        "scored": request.scored,
+        "observed": [request.observed.start, request.observed.stop],
         "kv_budget": None if request.kv_budget is None else asdict(request.kv_budget),  # told apart by its fields
     }
 
@@ -248,7 +248,7 @@ def _request(described: dict[str, Any]) -> Request:
         cache_salt=described["root"],  # equal for those requests that had equal salts
         kv_budget=_budget(described.get("kv_budget")),
         **{name: described[name] for name in ("n", "beam_width", "priority", "tenant", "deadline")},
-        scored=described.get("scored", False),
+        observed=range(*described.get("observed", (0,))),
     )
 
 

@@ -15,7 +15,7 @@ _LONGEST_WAIT = 60
 """Seconds that a client is told to stay away, at most: no estimate is good for longer."""
 
 
-def admit(serving: "Serving", prompts: Sequence[TokenIds]) -> None:
+def admit(serving: "Serving", prompts: Sequence[TokenIds], param: str) -> None:
     """Let a request's prompts in; whoever calls this submits them before anything else can run, that is without await.
 
     Raises:
@@ -26,7 +26,7 @@ def admit(serving: "Serving", prompts: Sequence[TokenIds]) -> None:
     config = serving.config
     if len(prompts) > config.max_queue:
         raise InvalidRequestError(
-            f"{len(prompts)} prompts are more than the {config.max_queue} that may wait here at a time", param="prompt"
+            f"{len(prompts)} prompts are more than the {config.max_queue} that may wait here at a time", param=param
         )
     stats = serving.engine.stats()
     if stats.num_queued + len(prompts) > config.max_queue:

@@ -16,7 +16,7 @@ from server.config import ServerConfig
 from server.logs import log_request
 from server.metrics import Metrics
 from server.observation import Listener, ObservationMiddleware
-from server.routes import chat, completions, status, tokens
+from server.routes import chat, completions, embeddings, responses, status, tokens
 from server.serving import Serving
 from server.standing import Tenants
 from server.tool_format import choose_format
@@ -64,7 +64,7 @@ def create_app(
         tenants=Tenants(config),
         created=int(time.time()),
     )
-    for room in (completions, chat, tokens, status):
+    for room in (completions, chat, responses, embeddings, tokens, status):
         app.include_router(room.router)
     openapi.install(app)
     errors.install(app, lambda: retry_after(serving))

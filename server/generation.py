@@ -20,7 +20,7 @@ from server.standing import Standing
 from server.transcript import Transcript
 
 if TYPE_CHECKING:
-    from engine.request_state import RequestStream
+    from engine.request_state import RequestStream, Vector
     from server.serving import Serving
 
 Outputs = AsyncGenerator[tuple[int, Output], None]
@@ -44,15 +44,11 @@ class Generation:
         n: int,
         prompt_tokens: int,
         kv_policy: KVPolicy,
-        *,
-        only_prompts: bool = False,
     ) -> None:
-        """With ``only_prompts`` nothing is wanted of what is generated, and it is not counted."""
         self._streams = streams
         self._n = n
         self._prompt_tokens = prompt_tokens
         self._kv_policy = kv_policy
-        self._only_prompts = only_prompts
         self._client_left = False
         self._finish_reasons: list[str] = []
 
@@ -67,15 +63,17 @@ class Generation:
         kv_policy: KVPolicy,
         cache_salt: str | None,
         request_id: str,
-        only_prompts: bool = False,
+        param: str = "prompt",
     ) -> Self:
         """Hand every prompt to the engine, or none. Nothing else runs meanwhile, so the queue's limit is kept.
+
+        ``param`` is the field that the prompts come from.
 
         Raises:
             ApiError, InvalidRequestError: the queue does not take them.
             InvalidRequestError, EngineDeadError: the engine does not.
         """
-        admit(serving, prompts)
+        admit(serving, prompts, param)
         timeout = standing.timeout
         streams: list[RequestStream] = []
         try:
@@ -95,7 +93,7 @@ class Generation:
             for stream in streams:
                 stream.abort()
             raise
-        generation = cls(streams, params.n, sum(map(len, prompts)), kv_policy, only_prompts=only_prompts)
+        generation = cls(streams, params.n, sum(map(len, prompts)), kv_policy)
         generation.response_id = request_id
         generation.model = serving.model_names[0]
         if serving.config.log_request_content is not None:
@@ -106,6 +104,12 @@ class Generation:
         """Of the prompt of a choice, from the prompt's second token on; known with the choice's first output."""
         return self._streams[index // self._n].prompt_logprobs
 
+    def embedding(self, index: int) -> "Vector":
+        """Of one of the prompts, if it was asked for; known with its output."""
+        vector = self._streams[index].embedding
+        assert vector is not None
+        return vector
+
     def abort(self) -> None:
         """Free everything at once; ``outputs`` ends. Harmless when all is done."""
         for stream in self._streams:
@@ -115,7 +119,7 @@ class Generation:
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object, of what has been generated so far; with ``kv`` where a policy kept the cache small."""
         prompt = self._prompt_tokens
-        generated = 0 if self._only_prompts else sum(one.generated_tokens for one in self._streams)
+        generated = sum(one.generated_tokens for one in self._streams)
         usage: dict[str, object] = {
             "prompt_tokens": prompt,
             "completion_tokens": generated,

@@ -10,10 +10,12 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from server.embeddings import EmbeddingRequest
 from server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.response_request import ResponseRequest
 from server.version import version
 
-_BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES = (CompletionRequest, ChatRequest, ResponseRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
 _REF = "#/components/schemas/{model}"
 
 

@@ -19,8 +19,7 @@ from pydantic import (
 
 from engine.beam_search import MAX_LENGTH_PENALTY
 from engine.errors import InvalidRequestError
-from server.body import MAX_NAME_LENGTH, Body, Name
-from server.kv_policy import KVPolicyField
+from server.body import Body, Name
 from server.structured_output import ConstrainedBody
 from server.tools import ToolCalls, ToolChoiceField, Tools, check_choice
 
@@ -31,9 +30,6 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_BIASES = 1024
 MAX_CHOICES = 2048
 """Prompts times continuations of one request."""
-MAX_USER_LENGTH = 1024
-MAX_TIMEOUT = 86400
-"""Seconds."""
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_VALUES = 4096
 """Values in a request's ``chat_template_kwargs``, nested ones included."""
@@ -59,12 +55,12 @@ _INTS = {"type": "array", "items": {"type": "integer"}}
 _STRINGS = {"type": "array", "items": {"type": "string"}}
 
 
-def unserved(*neutral: object) -> AfterValidator:
-    """For a field that is not served yet: null and the ``neutral`` values pass, for they ask for nothing."""
+def unserved(*neutral: object, why: str = "this is not served yet; leave it out") -> AfterValidator:
+    """For a field that is not served: null and the ``neutral`` values pass, for they ask for nothing."""
 
     def check(value: object) -> None:
         if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
-            raise ValueError("this is not served yet; leave it out")
+            raise ValueError(why)
 
     return AfterValidator(check)
 
@@ -134,8 +130,8 @@ def _template_values(value: dict[str, Any] | None) -> dict[str, Any] | None:
     return value
 
 
-def _content(value: object) -> str | None:
-    """A message's text; the text parts of a list are joined by newlines."""
+def text_of_parts(value: object, fields: Mapping[str, str]) -> str | None:
+    """A message's text, its parts joined by newlines. ``fields`` say, by a part's type, where its text is."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -144,12 +140,17 @@ def _content(value: object) -> str | None:
     for part in value:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise ValueError("each part must be an object with a type")
-        if part["type"] != "text":
-            raise ValueError(f"parts of type {part['type'][:64]!r} are not served; only 'text' is")
-        if not isinstance(part.get("text"), str):
-            raise ValueError("a part of type 'text' must have a text")
-        texts.append(part["text"])
+        field = fields.get(part["type"])
+        if field is None:
+            raise ValueError(f"parts of type {part['type'][:64]!r} are not served, only {', '.join(map(repr, fields))}")
+        if not isinstance(part.get(field), str):
+            raise ValueError(f"a part of type {part['type']!r} must have a {field}")
+        texts.append(part[field])
     return "\n".join(texts)
+
+
+def _content(value: object) -> str | None:
+    return text_of_parts(value, {"text": "text"})
 
 
 Prompt = Annotated[
@@ -184,9 +185,8 @@ class StreamOptions(Body):
 
 
 class SamplingBody(ConstrainedBody):
-    """What both endpoints take to steer sampling."""
+    """What all endpoints that generate take to steer sampling."""
 
-    model: Name | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     stream: bool | None = None
@@ -215,18 +215,17 @@ class SamplingBody(ConstrainedBody):
     length_penalty: Annotated[float, Field(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] | None = None
     early_stopping: EarlyStopping = None
 
-    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)] | None = None
-    user: Annotated[str, Field(max_length=MAX_USER_LENGTH)] | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
-    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
-    kv_policy: KVPolicyField = None
-
     bad_words: Annotated[Any, unserved([])] = None
     allowed_token_ids: Annotated[Any, unserved()] = None
     prompt_logprobs: Annotated[Any, unserved()] = None
     skip_special_tokens: Annotated[Any, unserved(True)] = None
     include_stop_str_in_output: Annotated[Any, unserved(False)] = None
     truncate_prompt_tokens: Annotated[Any, unserved()] = None
+
+    @property
+    def num_made(self) -> int:
+        """How many continuations of a prompt are made."""
+        return self.best_of or self.n or 1
 
     @model_validator(mode="after")
     def _options_belong_to_streams(self) -> Self:
@@ -272,7 +271,7 @@ class CompletionRequest(SamplingBody):
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequestError("max_tokens may only be 0 together with echo", param="max_tokens")
         name = "n" if self.best_of is None else "best_of"
-        if len(self.prompt) * (self.best_of or self.n or 1) > MAX_CHOICES:
+        if len(self.prompt) * self.num_made > MAX_CHOICES:
             raise InvalidRequestError(f"prompts times {name} must be at most {MAX_CHOICES}", param=name)
         return self
 

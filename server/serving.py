@@ -11,13 +11,13 @@ from starlette.requests import Request
 
 from engine.errors import InvalidRequestError
 from engine.kv_policies.policy import KVPolicy
-from server.body import Body
+from server.body import Body, QueuedBody
 from server.chat_template import ChatTemplate
 from server.config import ServerConfig
 from server.conversation import native_turns, plain_turns
 from server.errors import ApiError
 from server.kv_policy import choose_policy
-from server.protocol import Message, SamplingBody, TokenIds
+from server.protocol import Message, TokenIds
 from server.standing import Standing, Tenants, standing_of
 from server.tool_format import ToolFormat
 from server.tools import Tool
@@ -84,7 +84,7 @@ class Serving:
             raise ApiError(404, f"The model {name!r} does not exist here.", param="model", code="model_not_found")
         return name
 
-    def standing(self, request: Request, body: SamplingBody, arrival: float) -> Standing:
+    def standing(self, request: Request, body: QueuedBody, arrival: float) -> Standing:
         """Where a request stands that came at ``arrival``, on the monotonic clock.
 
         Raises:
@@ -93,7 +93,7 @@ class Serving:
         tenant = self.tenants.name(request.scope, body.user)
         return standing_of(body, tenant, scheduling=self.engine.config.scheduling, arrival=arrival)
 
-    def kv_policy(self, body: SamplingBody) -> KVPolicy:
+    def kv_policy(self, body: QueuedBody) -> KVPolicy:
         """Which tokens of a request keep their KV.
 
         Raises:
@@ -101,11 +101,26 @@ class Serving:
         """
         return choose_policy(body.kv_policy, self.engine.config.kv_policy, self.config.kv_policy_allow)
 
+    async def tokenize(
+        self, prompts: Sequence[str | TokenIds], *, add_special_tokens: bool | None, param: str
+    ) -> list[TokenIds]:
+        """Token ids of each prompt of a request; these are all texts, or all ids already.
+
+        Raises:
+            InvalidRequestError: an id does not exist, or a text is so long that it cannot fit.
+        """
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if texts:
+            return await self.encode(texts, add_special_tokens=add_special_tokens is not False, param=param)
+        ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        await self.check_prompts(ids, param)
+        return ids
+
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool, param: str) -> list[TokenIds]:
         """Token ids of each text.
 
         Raises:
-            InvalidRequestError: a text is empty, or so long that it cannot fit.
+            InvalidRequestError: a text is so long that it cannot fit.
         """
 
         def work() -> list[TokenIds]:
@@ -184,9 +199,9 @@ class Serving:
             raise InvalidRequestError(f"{param}: token ids must be from 0 to {size - 1}", param=param)
 
     def room(
-        self, prompts: Sequence[TokenIds], max_tokens: int | None, param: str, *, body: SamplingBody, policy: KVPolicy
+        self, prompts: Sequence[TokenIds], max_tokens: int | None, param: str, *, policy: KVPolicy, num_made: int = 1
     ) -> int:
-        """The tokens that the longest prompt leaves to be generated within the context length.
+        """The tokens that the longest prompt leaves for each of the ``num_made`` continuations in the context length.
 
         Raises:
             InvalidRequestError: a prompt is empty, or does not fit with ``max_tokens`` (None: with one) more; or the
@@ -199,7 +214,7 @@ class Serving:
         room = limit - max(lengths)
         wanted = 1 if max_tokens is None else max_tokens
         if max_tokens is not None and max_tokens > room >= 0 and self.engine.is_endless(policy):
-            self._check_stream(max_tokens * len(prompts) * (body.best_of or body.n or 1))
+            self._check_stream(max_tokens * len(prompts) * num_made)
         elif wanted > room:
             raise InvalidRequestError(
                 f"the model's context length is {limit} tokens; the request has {max(lengths)} in its prompt "

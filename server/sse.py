@@ -7,14 +7,14 @@ tokens per second, building and encoding whole dicts is what would cost.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import as_api_error, error_body
+from server.errors import ApiError, as_api_error, error_body
 from server.exchange import Exchange
 from server.generation import Generation
 
@@ -26,6 +26,11 @@ quote = encode_basestring_ascii
 def event(content: object) -> bytes:
     """Any content as one event."""
     return f"data: {json.dumps(content)}\n\n".encode()
+
+
+def error_event(error: ApiError) -> bytes:
+    """An error as one event."""
+    return event(error_body(error.status, error.message, param=error.param, code=error.code))
 
 
 class Frame:
@@ -52,13 +57,21 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], generation: Generation, send_timeout: float) -> None:
+    def __init__(
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        generation: Generation,
+        send_timeout: float,
+        failed: Callable[[ApiError], bytes] = error_event,
+    ) -> None:
+        """``failed`` writes the event that ends a stream which has failed."""
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._chunks = chunks
         self._generation = generation
         self._send_timeout = send_timeout
+        self._failed = failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head with the first chunk, then each chunk as it comes.
@@ -89,4 +102,4 @@ class EventStream(Response):
         except Exception as error:  # noqa: BLE001 — whatever it is, the client is told and the log has it
             told = as_api_error(error, exchange.request_id)
             exchange.error = told.label
-            yield event(error_body(told.status, told.message, param=told.param, code=told.code))
+            yield self._failed(told)

@@ -9,8 +9,8 @@ from starlette.types import Scope
 
 from engine.errors import InvalidRequestError
 from server.auth import presented_key
+from server.body import QueuedBody
 from server.config import ServerConfig
-from server.protocol import SamplingBody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class Tenants:
         return hashlib.blake2b(shown, key=self._secret, person=kind, digest_size=16).hexdigest()
 
 
-def standing_of(body: SamplingBody, tenant: str, *, scheduling: str, arrival: float) -> Standing:
+def standing_of(body: QueuedBody, tenant: str, *, scheduling: str, arrival: float) -> Standing:
     """Where a request stands that came at ``arrival``, on the monotonic clock.
 
     Raises:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema, mode
 
 from engine.errors import InvalidRequestError
 from engine.grammar import Grammar
-from server.body import Body, Name
+from server.body import Body, Name, QueuedBody
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
@@ -107,8 +107,8 @@ class StructuredOutputs(Body):
         return found if json_object is None else {**found, "json_object": json_object}
 
 
-class ConstrainedBody(Body):
-    """The fields by which both endpoints take a demand."""
+class ConstrainedBody(QueuedBody):
+    """The fields by which endpoints that generate take a demand."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -70,7 +70,8 @@ class ToolChoice:
     """The only one that may be called, and must."""
 
 
-def _choice(value: object) -> ToolChoice | None:
+def tool_choice(value: object) -> ToolChoice | None:
+    """What a client's ``tool_choice`` says. Raises ValueError where it says nothing."""
     match value:
         case None:
             return None
@@ -81,7 +82,8 @@ def _choice(value: object) -> ToolChoice | None:
     raise ValueError('must be \'none\', \'auto\', \'required\', or {"type": "function", "function": {"name": …}}')
 
 
-def _tools(tools: list[Tool] | None) -> list[Tool] | None:
+def check_tools(tools: Sequence[Tool] | None) -> Sequence[Tool] | None:
+    """``tools``, unless they are too much, or two of them are called the same."""
     names = [tool.function.name for tool in tools or ()]
     if len(set(names)) < len(names):
         raise ValueError("two tools have the same name")
@@ -91,7 +93,7 @@ def _tools(tools: list[Tool] | None) -> list[Tool] | None:
     return tools
 
 
-Tools = Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS, fail_fast=True), AfterValidator(_tools)]
+Tools = Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS, fail_fast=True), AfterValidator(check_tools)]
 ToolCalls = Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None
 _NAMED = {
     "type": "object",
@@ -103,7 +105,7 @@ _NAMED = {
 }
 ToolChoiceField = Annotated[
     ToolChoice | None,
-    PlainValidator(_choice),
+    PlainValidator(tool_choice),
     WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, _NAMED, {"type": "null"}]}),
 ]
 

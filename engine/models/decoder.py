@@ -127,7 +127,11 @@ class Decoder:
     rotary: RotaryEmbedding
 
     def __call__(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """Compute the step's tokens; returns the logits [R, vocab] of ``batch.logits_rows`` in the model's dtype."""
+        """Compute the step's tokens; returns the logits [R, vocab] of ``batch.output_rows`` in the model's dtype."""
+        return self.head(self.hidden_states(batch, cache))
+
+    def hidden_states(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Compute the step's tokens; returns what the head reads, the normed states [R, hidden] of the same rows."""
         eps = self.config.norm_eps
         rotations = Rotations.of(batch, self.rotary)
         hidden = cache.hidden_slots(batch.block_tables, batch.selected)
@@ -138,9 +142,9 @@ class Decoder:
                 x = ops.rms_norm(x, block.input_norm, eps, residual)
             attended = block.attention(x, rotations, batch, layer_cache, None if hidden is None else hidden[index])
             if block is self.blocks[-1]:  # nothing reads the other rows any more
-                attended, residual = batch.sampled(attended), batch.sampled(residual)
+                attended, residual = batch.wanted(attended), batch.wanted(residual)
             x = block.mlp(ops.rms_norm(attended, block.post_norm, eps, residual))
-        return self.head(ops.rms_norm(x, self.final_norm, eps, residual))
+        return ops.rms_norm(x, self.final_norm, eps, residual)
 
     @property
     def nbytes(self) -> int:

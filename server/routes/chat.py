@@ -2,25 +2,19 @@
 
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from engine.errors import InvalidRequestError
-from engine.outputs import Output, TokenLogprob
+from engine.outputs import Output
 from server.answers import Choice, answer, collect, head_of
-from server.generation import Generation
-from server.logprobs import chat_logprobs
+from server.chat_job import ChatJob
 from server.openapi import takes
 from server.protocol import ChatRequest
-from server.sampling import sampling_params
 from server.serving import Serving, read_body
 from server.sse import EventStream, Frame, quote
-from server.standing import Standing
-from server.structured_output import compiled
 from server.tool_parser import ToolCallParser
 from server.tool_use import ToolUse, call_delta, whole_message
 
@@ -29,71 +23,22 @@ router = APIRouter(tags=["chat"])
 _ROLE = '"delta": {"role": "assistant", "content": ""}, "logprobs": null'
 
 
-@dataclass(frozen=True)
-class Job:
-    """One request, checked and with its engine at work."""
-
-    body: ChatRequest
-    serving: Serving
-    head: dict[str, Any]
-    generation: Generation
-    tools: ToolUse | None
-
-    @property
-    def choices(self) -> int:
-        """How many answers are wanted."""
-        return self.body.n or 1
-
-    def logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        """The log-probabilities of some tokens, if they are asked for."""
-        if not self.body.logprobs:
-            return None
-        return chat_logprobs(self.serving.engine.tokenizer, tokens, self.body.top_logprobs or 0)
-
-
 @router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
 async def chat_completions(request: Request) -> Response:
     """Answer the last message of a conversation."""
     arrival = time.monotonic()
     serving, body = Serving.of(request), await read_body(request, ChatRequest)
-    job = await _start(serving, body, serving.standing(request, body, arrival))
-    if job.body.stream:
-        return EventStream(_chunks(job), job.generation, job.serving.config.send_timeout)
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    head = head_of("chatcmpl", kind, serving.model(body.model))
+    job = await ChatJob.start(body, serving, serving.standing(request, body, arrival), head["id"])
+    if body.stream:
+        return EventStream(_chunks(job, head), job.generation, serving.config.send_timeout)
     text_of = {} if job.tools is None else {"text_of": job.tools.text}
     choices = await collect(job.generation, job.choices, request, **text_of)
-    return answer(job.head, [_choice(job, index, one) for index, one in enumerate(choices)], job.generation)
+    return answer(head, [_choice(job, index, one) for index, one in enumerate(choices)], job.generation)
 
 
-async def _start(serving: Serving, body: ChatRequest, standing: Standing) -> Job:
-    model, policy = serving.model(body.model), serving.kv_policy(body)
-    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != wanted:
-        raise InvalidRequestError("max_tokens and max_completion_tokens disagree", param="max_tokens")
-    tools = ToolUse.of(body, serving)
-    demands = body.demands if tools is None else tools.demands(body.demands)
-    prompt = await serving.render(
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt,
-        variables=body.chat_template_kwargs,
-        tools=() if tools is None else tools.tools,
-    )
-    room = serving.room([prompt], wanted, "messages", body=body, policy=policy)
-    grammar = await compiled(serving.engine, demands)
-    params = sampling_params(
-        body,
-        serving,
-        max_tokens=room if wanted is None else wanted,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=grammar,
-    )
-    head = head_of("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", model)
-    generation = Generation.submit(
-        serving, [prompt], params, standing, kv_policy=policy, cache_salt=body.cache_salt, request_id=head["id"]
-    )
-    return Job(body, serving, head, generation, tools)
-
-
-def _choice(job: Job, index: int, choice: Choice) -> dict[str, Any]:
+def _choice(job: ChatJob, index: int, choice: Choice) -> dict[str, Any]:
     parser = None if job.tools is None else job.tools.parser()
     said = {"content": choice.text} if parser is None else whole_message(parser, choice.text)
     return {
@@ -109,10 +54,10 @@ def _finish_reason(reason: str | None, parser: ToolCallParser | None) -> str | N
     return "tool_calls" if reason == "stop" and parser is not None and parser.num_calls else reason
 
 
-async def _chunks(job: Job) -> AsyncGenerator[bytes, None]:
+async def _chunks(job: ChatJob, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:
     options = job.body.stream_options
     frame = Frame(
-        job.head,
+        head,
         include_usage=options is not None and options.include_usage is True,
     )
     begun = [False] * job.choices

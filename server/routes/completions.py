@@ -66,25 +66,21 @@ async def completions(request: Request) -> Response:
     generation = _start(job)
     if job.body.stream:
         return EventStream(_chunks(job, generation), generation, job.serving.config.send_timeout)
-    choices = [Choice(finish_reason="length") for _ in job.echoes]
     if job.max_tokens or job.scores_prompts:
-        generated = await collect(generation, len(job.echoes), request)
-        choices = generated if job.max_tokens else choices
+        choices = await collect(generation, len(job.echoes), request)
+    else:
+        choices = [Choice(finish_reason="length") for _ in job.echoes]
     return answer(job.head, [_choice(job, generation, index, one) for index, one in enumerate(choices)], generation)
 
 
 async def _prepare(serving: Serving, body: CompletionRequest, standing: Standing) -> Job:
     """Everything that can refuse the request, before the engine hears of it."""
     model, policy = serving.model(body.model), serving.kv_policy(body)
-    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
-    prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
-    await serving.check_prompts(prompts, "prompt")
-    if texts:  # a prompt is all texts or all ids
-        prompts = await serving.encode(texts, add_special_tokens=body.add_special_tokens is not False, param="prompt")
-    room = serving.room(prompts, body.max_tokens, "prompt", body=body, policy=policy)
+    prompts = await serving.tokenize(body.prompt, add_special_tokens=body.add_special_tokens, param="prompt")
+    room = serving.room(prompts, body.max_tokens, "prompt", policy=policy, num_made=body.num_made)
     echoes = [""] * len(prompts)
     if body.echo:
-        echoes = texts or await serving.decode(prompts)
+        echoes = [one for one in body.prompt if isinstance(one, str)] or await serving.decode(prompts)
     return Job(
         body=body,
         serving=serving,
@@ -104,11 +100,11 @@ def _start(job: Job) -> Generation:
     params = sampling_params(
         body, serving, max_tokens=job.max_tokens, logprobs=body.logprobs, prompt_logprobs=scores, grammar=job.grammar
     )
-    if not job.max_tokens and scores is not None:  # a step gives no scores without a token, which nobody sees
-        params = replace(params, max_tokens=1)
-    elif not job.max_tokens:  # only the echo is wanted: that needs no engine
-        check_ready(serving)
-        return Generation([], params.n, sum(map(len, job.prompts)), job.kv_policy)
+    if not job.max_tokens:
+        if scores is None:  # only the echo is wanted: that needs no engine
+            check_ready(serving)
+            return Generation([], params.n, sum(map(len, job.prompts)), job.kv_policy)
+        params = replace(params, best_of=None, beams=None)  # there is nothing to choose from
     return Generation.submit(
         serving,
         job.prompts,
@@ -117,7 +113,6 @@ def _start(job: Job) -> Generation:
         kv_policy=job.kv_policy,
         cache_salt=body.cache_salt,
         request_id=job.head["id"],
-        only_prompts=not job.max_tokens,
     )
 
 

@@ -17,6 +17,7 @@ INFO = EngineInfo(
     device="cpu",
     threads=1,
     vocab_size=320,
+    hidden_size=8,
     max_model_len=256,
     weight_bytes=1,
     num_blocks=16,

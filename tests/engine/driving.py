@@ -47,7 +47,7 @@ def all_logits(
         for size in chunks:
             item = ScheduledSequence(None, start, array("i", tokens[start : start + size]), table, 1)  # type: ignore[arg-type]
             batch = ForwardBatch.build([item], block_size, loaded.device)
-            rows.append(loaded.decoder(replace(batch, logits_rows=torch.arange(len(item.tokens))), cache))
+            rows.append(loaded.decoder(replace(batch, output_rows=torch.arange(len(item.tokens))), cache))
             start += size
     return torch.cat(rows)
 
@@ -84,6 +84,7 @@ class Answer:
     cached_tokens: int = 0
     evicted_tokens: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    embedding: Any = None
 
     def add(self, output: Output) -> None:
         """Append one output."""
@@ -100,7 +101,7 @@ async def ask(
     async for output in stream:
         answer.add(output)
     answer.cached_tokens, answer.evicted_tokens = stream.cached_tokens, stream.evicted_tokens
-    answer.prompt_logprobs = stream.prompt_logprobs
+    answer.prompt_logprobs, answer.embedding = stream.prompt_logprobs, stream.embedding
     return answer
 
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, NumericalError, OutOfMemoryError, RequestTimeoutError
+from engine.forward_batch import ForwardBatch
+from engine.kv_cache import KVCache
 from engine.launch import LoadedModel, assemble
 from engine.model_runner import ModelRunner
+from engine.models.decoder import Decoder
 from engine.sampler import Sample, SampleRow, sample
 from engine.sampling_params import SamplingParams
 from scheduler.kv_memory import KVMemory
@@ -120,6 +124,41 @@ async def test_a_request_without_numbers_ends_with_an_error_and_leaves_its_neigh
         assert engine.stats().used_blocks == 0
         assert (await ask(engine, sick, params, "c")).cached_tokens == 0  # what it had computed is not trusted
         assert (await ask(engine, healthy, params, "d")).cached_tokens > 0
+
+
+HIDDEN_STATES = Decoder.hidden_states
+
+
+def _overflowing(decoder: Decoder, batch: ForwardBatch, cache: KVCache) -> Tensor:
+    """The same for a model whose states overflow for those tokens, and for all that follow in their step."""
+    states = HIDDEN_STATES(decoder, batch, cache)
+    owners = torch.searchsorted(batch.query_start, batch.output_rows, right=True) - 1
+    sick = torch.tensor([POISON in batch.tokens[first:last] for first, last in pairwise(batch.query_start.tolist())])
+    return states.masked_fill(sick[owners].unsqueeze(1), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("params", "place"),
+    [({"pooling": "mean"}, 3), ({"pooling": "mean"}, -1), ({"pooling": "last"}, -1), ({"prompt_logprobs": 0}, 3)],
+)
+async def test_a_prompt_without_numbers_ends_with_an_error_and_leaves_its_neighbours_and_no_cache(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, params: dict[str, Any], place: int
+) -> None:
+    monkeypatch.setattr(Decoder, "hidden_states", _overflowing)
+    sick, healthy = [*range(30, 70)], [*range(80, 120)]
+    sick[place] = POISON
+    wanted = SamplingParams(max_tokens=0, **params)
+    async with _running(tiny, max_num_batched_tokens=24) as engine, asyncio.timeout(10):
+        error, answer = await asyncio.gather(
+            ask(engine, sick, wanted, "a"), ask(engine, healthy, wanted, "b"), return_exceptions=True
+        )
+        assert isinstance(error, NumericalError)
+        assert isinstance(answer, Answer)
+        assert engine.is_healthy()
+        assert engine.stats().used_blocks == 0
+        monkeypatch.undo()
+        cached = [(await ask(engine, prompt, GREEDY, "c")).cached_tokens for prompt in ([*sick[:-1], 1], healthy)]
+        assert cached == [0, 32]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])

@@ -26,7 +26,7 @@ def check_answer(sequence: Sequence) -> None:
     """Raise AssertionError unless it says, as far as it goes, what its prompt calls for, and ends where it must."""
     request = sequence.request
     own = Request("own", sequence.tokens[: request.num_prompt_tokens], request.stop).sequences[0]
-    reason: FinishReason | None = None
+    reason: FinishReason | None = "length" if request.stop.max_tokens == 0 else None
     while reason is None:
         first = own.num_output_tokens == 0  # all continuations' first tokens are drawn at once, after the prompt
         own.tokens.append(sample(own, request.n)[sequence.index] if first else sample(own, 1)[0])
@@ -36,7 +36,7 @@ def check_answer(sequence: Sequence) -> None:
     if sequence.finish_reason in ("stop", "length"):
         assert (sequence.tokens, sequence.finish_reason) == (own.tokens, reason)
     else:
-        assert sequence.num_tokens < own.num_tokens
+        assert sequence.num_tokens < own.num_tokens or request.stop.max_tokens == 0
         assert sequence.tokens == own.tokens[: sequence.num_tokens]
 
 

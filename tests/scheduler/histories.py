@@ -54,7 +54,8 @@ _requests = st.fixed_dictionaries(
         "suffix": st.lists(st.integers(0, 3), min_size=1, max_size=4),
         "places": st.integers(1, 4),
         "beams": st.booleans(),
-        "max_tokens": st.integers(1, 16),
+        "max_tokens": st.integers(0, 16),
+        "observed": st.sampled_from(["nothing", "nothing", "all", "the last"]),
         "stop_token_ids": st.frozensets(st.integers(0, 49), max_size=5),
         "patience": st.sampled_from([None, None, None, 1.0, 4.0]),
         "cache_salt": st.sampled_from([None, None, "salt"]),
@@ -106,6 +107,7 @@ class Histories(RuleBasedStateMachine):
         self.batch: list[Request] = []  # of a mode that batches requests
         self.horizon = 0  # requests that had come when it began
         self.ended: dict[Sequence, FinishReason] = {}
+        self.observed: dict[Request, set[int]] = {}
         self.prey = dict(prey)  # states in which a request will be aborted, after so many sightings
         self.pending: ScheduledBatch | None = None
         self.now = 0.0
@@ -136,7 +138,8 @@ class Histories(RuleBasedStateMachine):
         options = {"stop_token_ids": frozenset(), **described}
         beams, places = options.pop("beams"), min(options.pop("places"), self.config.max_num_seqs)
         prompt = (options.pop("prefix") + options.pop("suffix"))[: self.config.num_slots - 1]
-        patience, max_tokens = options.pop("patience"), options.pop("max_tokens")
+        patience, max_tokens = options.pop("patience"), max(options.pop("max_tokens"), int(beams))
+        first = {"nothing": len(prompt), "all": 0, "the last": len(prompt) - 1}[options.pop("observed", "all")]
         request = Request(
             str(len(self.requests)),
             prompt,
@@ -145,6 +148,7 @@ class Histories(RuleBasedStateMachine):
                 stop_token_ids=options.pop("stop_token_ids"),
             ),
             n=1 if beams else places,
+            observed=range(first, len(prompt)),
             beam_width=places if beams else None,
             deadline=None if patience is None else self.now + patience,
             **options,
@@ -258,6 +262,9 @@ class Histories(RuleBasedStateMachine):
         assert all(len(item.tokens) > 0 for item in items)
         assert len({id(item.sequence) for item in items}) == len(items)
         assert all(item.sequence.status is Status.RUNNING for item in items)
+        for item in items:
+            assert all(item.start <= position < item.start + len(item.tokens) for position in item.observed)
+            self.observed.setdefault(item.sequence.request, set()).update(item.observed)
         live = [request for request in self.requests if not request.finished]
         queued = [request for request in live if request.cached_tokens is None]
         assert self.scheduler.has_work == bool(live)
@@ -333,10 +340,13 @@ class Histories(RuleBasedStateMachine):
             assert ("timeout" in reasons) == (request in self.expired)
             assert reasons <= {"stop", "length", "abort", "timeout"}
             self.events.update(f"ended by {reason}" for reason in reasons)
+            if reasons & {"stop", "length"}:
+                assert self.observed[request] == set(request.observed)
             if request in self.found:
                 check_search(request, self.found[request])
             elif request not in self.searches:
-                assert len(request.sequences) == request.n or reasons <= {"abort", "timeout"}
+                count = request.n if request.stop.max_tokens else 1
+                assert len(request.sequences) == count or reasons <= {"abort", "timeout"}
                 for sequence in request.sequences:
                     check_answer(sequence)
         self.scheduler.close()
@@ -390,5 +400,9 @@ class Histories(RuleBasedStateMachine):
             "continuations forked": any(item.num_samples > 1 for item in batch.items),
             "several sequences": len(batch.items) > 1,
             "nothing to do yet": not batch and bool(live),
+            "observed in chunks": any(
+                item.observed and len(item.observed) < len(item.sequence.request.observed) for item in batch.items
+            ),
+            "ends with its prompt": any(item.sequence.request.stop.max_tokens == 0 for item in batch.items),
         }
         self.events.update(name for name, did in happened.items() if did)

@@ -16,6 +16,8 @@ _OFTEN = [
     "continuations forked",
     "copied on write",
     "deadline queued",
+    "ends with its prompt",
+    "observed in chunks",
     "preempted",
     "prefix found on the device",
     "prompt in chunks",

@@ -128,6 +128,23 @@ def test_who_leaves_early_counts_with_what_it_got_and_who_got_nothing_is_left_ou
     assert [seconds for _, seconds in recording.steps] == [1.0, 0.5, 0.25]
 
 
+def test_the_server_is_idle_once_a_prompt_is_computed_that_is_all_that_was_wanted(tmp_path: Path) -> None:
+    only_read = {"max_tokens": 0, "min_tokens": 0, "stop_token_ids": []}
+    entries = [
+        _add(0.0, "read", stop=only_read),
+        _step(0.0, ["read", 0, 0, 2, 0]),
+        {"update": [[]], "seconds": 0.5},
+        _step(1.0, ["read", 0, 2, 1, 0]),
+        {"update": [[]], "seconds": 0.25},
+        _add(9.0, "a"),
+        _step(9.0, ["a", 0, 0, 3, 1]),
+        {"update": [[5]], "seconds": 0.5},
+    ]
+    recording = read_recording(_file(tmp_path / "trace", entries))
+    assert [seconds for _, seconds in recording.steps] == [1.0, 0.25, 0.5]
+    assert (len(recording.served), recording.left_out) == (1, 1)
+
+
 def test_each_continuation_counts_as_a_request(tmp_path: Path) -> None:
     entries = [
         _add(0.0, n=2),

@@ -252,6 +252,31 @@ def test_an_abort_frees_everything_at_once(moment: str) -> None:
     assert (scheduler.has_work, scheduler.pool.num_used) == (False, 0)
 
 
+def test_a_request_that_wants_no_token_ends_with_its_prompt_and_leaves_it_in_the_cache() -> None:
+    scheduler = _scheduler(max_num_batched_tokens=6)
+    request = _request("a", 9, max_tokens=0, n=2)
+    scheduler.add(request)
+    assert [item.num_samples for item in (*_step(scheduler).items, *_step(scheduler).items)] == [0, 0]
+    assert [sequence.finish_reason for sequence in request.sequences] == ["length"]
+    assert not scheduler.has_work
+    scheduler.add(later := _request("b", 9, max_tokens=0))
+    assert (_run(scheduler), later.cached_tokens) == (1, 8)
+
+
+@pytest.mark.parametrize(("first", "cached"), [(0, 0), (5, 4), (8, 8), (9, 8)])
+def test_what_is_observed_is_computed_and_only_what_is_before_it_comes_from_the_cache(first: int, cached: int) -> None:
+    scheduler = _scheduler(max_num_batched_tokens=3)
+    scheduler.add(_request("a", 9))
+    _run(scheduler)
+    request = Request("b", range(1, 10), StopRule(max_tokens=2), observed=range(first, 9))
+    scheduler.add(request)
+    positions: list[int] = []
+    while scheduler.has_work:
+        positions += [position for item in _step(scheduler).items for position in item.observed]
+    assert request.cached_tokens == cached
+    assert positions == list(request.observed)
+
+
 def test_an_abort_while_the_step_runs_leaves_no_token_behind() -> None:
     scheduler = _scheduler()
     kept, gone = _request("kept", 5), _request("gone", [9] * 5, n=2)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -17,6 +18,7 @@ from engine.errors import EngineDeadError, OctavoError
 from engine.grammar_compiler import GrammarCompiler
 from engine.kv_policies.policy import KVPolicy
 from engine.outputs import Output, TokenLogprob
+from engine.request_state import Vector
 from engine.sampling_params import SamplingParams
 from engine.text_stream import TextPiece, TextStream
 from engine.tokenizer import Tokenizer
@@ -29,6 +31,7 @@ TEMPLATE = (
     "<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+HIDDEN_SIZE = 8
 SENTENCE = "The café's 😀 answer is "
 
 
@@ -49,6 +52,12 @@ def byte_tokenizer(chat_template: str | None = TEMPLATE) -> Tokenizer:
     )
 
 
+def embedding_of(prompt: Sequence[int], pooling: str) -> Vector:
+    """A vector of its own for every prompt."""
+    vector = np.cos(np.arange(HIDDEN_SIZE) * (1 + sum(prompt)), dtype=np.float64) + (pooling == "last")
+    return (3 * vector).astype(np.float32)
+
+
 @dataclass
 class FakeStream:
     """What `submit` returns: outputs that come as fast as the loop turns, or every ``pace`` seconds."""
@@ -59,6 +68,7 @@ class FakeStream:
     request_id: str
     order: Mapping[str, Any]
     """Priority, tenant, timeout and KV policy."""
+    salt: str | None = None
     aborted: bool = False
     produced: int = 0
     cached_tokens: int = 0
@@ -70,6 +80,7 @@ class FakeStream:
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.prompt)
         self.prompt_logprobs = [TokenLogprob(token, -2.0, ((65, -0.5),)) for token in self.prompt[1:]]
+        self.embedding = None if self.params.pooling is None else embedding_of(self.prompt, self.params.pooling)
         self._outputs = self._all()
         self._end = asyncio.Event()
 
@@ -118,6 +129,9 @@ class FakeStream:
         ids = tokenizer.encode(words, add_special_tokens=False)
         limit = self.params.max_tokens
         assert limit is not None
+        if limit == 0:
+            yield Output(index, "", (), finish_reason="length")
+            return
         if self.params.ignore_eos:
             ids = list(itertools.islice(itertools.cycle(ids), limit))
         text = TextStream(tokenizer, self.params.stop)
@@ -148,6 +162,7 @@ class FakeEngine:
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
     model_name: str = "fake"
     max_model_len: int = 256
+    hidden_size: int = HIDDEN_SIZE
     config: EngineConfig = field(default_factory=EngineConfig)
     default_sampling: Mapping[str, Any] = field(default_factory=dict)
     words: str | None = None
@@ -185,7 +200,7 @@ class FakeEngine:
     ) -> FakeStream:
         if not self.healthy:
             raise EngineDeadError("the loop broke at /home/user")
-        stream = FakeStream(self, prompt, params, request_id, order)
+        stream = FakeStream(self, prompt, params, request_id, order, salt=cache_salt)
         self.submitted.append(stream)
         self.open.add(stream)
         return stream

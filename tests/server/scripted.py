@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import httpx
+import torch
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
@@ -19,6 +20,7 @@ from engine.launch import scheduler_config
 from engine.memory import MemoryPlan
 from engine.model_runner import StepResult
 from engine.sampler import Sample, SampleRow
+from engine.sampling_params import SamplingParams
 from scheduler.batch import ScheduledBatch, ScheduledSequence
 from scheduler.scheduler import Scheduler
 from server.config import ServerConfig
@@ -61,7 +63,7 @@ class Model:
         batch: ScheduledBatch,
         rows: Sequence[SampleRow],
         policies: Mapping[str, KVPolicy],
-        prompt_logprobs: Mapping[str, int],
+        observed: Mapping[str, SamplingParams],
     ) -> StepResult:
         """Let each row go on as the script says."""
         self.last = batch.items
@@ -71,7 +73,8 @@ class Model:
         assert self.gate.wait(10)
         time.sleep(self.pace)
         samples = map(self.script, rows)
-        return StepResult([list(islice(samples, item.num_samples)) for item in batch.items])
+        prompts = {index: torch.ones(2).double() for index, item in enumerate(batch.items) if item.observed}
+        return StepResult([list(islice(samples, item.num_samples)) for item in batch.items], prompts)
 
 
 def _text(tokens: Iterable[int]) -> str:
@@ -159,6 +162,7 @@ def _engine(config: EngineConfig, plan: MemoryPlan, model: Model) -> AsyncEngine
         device="none",
         threads=1,
         vocab_size=258,
+        hidden_size=2,
         max_model_len=plan.max_model_len,
         weight_bytes=0,
         num_blocks=plan.num_blocks,

@@ -12,16 +12,23 @@ from server.app import create_app
 from server.config import ServerConfig
 from tests.server.conftest import Live, wait_until
 from tests.server.fakes import FakeEngine
+from tests.server.refusals import check_error
 from tests.server.scripted import staged
-from tests.server.test_bad_requests import check_error
 from tests.server.test_metrics import samples
 
-PATHS = ["/v1/completions", "/v1/chat/completions"]
+PATHS = {
+    "/v1/completions": "prompt",
+    "/v1/chat/completions": "messages",
+    "/v1/responses": "input",
+    "/v1/embeddings": "input",
+}
+"""Each with the field that says what is asked."""
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
-def ask(live: Live, prompt: object = "x", path: str = PATHS[0], **body: Any) -> Any:
-    return live.http.post(path, json={"prompt": prompt, "messages": MESSAGES, "max_tokens": 1, **body})
+def ask(live: Live, prompt: object = "x", path: str = "/v1/completions", **body: Any) -> Any:
+    question = {PATHS[path]: MESSAGES if PATHS[path] == "messages" else prompt}
+    return live.http.post(path, json={**question, "max_tokens": 1, **body})
 
 
 def rejected(live: Live, reason: str) -> float:
@@ -50,10 +57,11 @@ def test_the_limit_counts_the_request_itself_by_its_prompts(start: Callable[...,
     assert len(live.engine.submitted) == 4
 
 
-def test_more_prompts_than_ever_fit_are_a_400(start: Callable[..., Live]) -> None:
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings"])
+def test_more_prompts_than_ever_fit_are_a_400(start: Callable[..., Live], path: str) -> None:
     live = start(FakeEngine(), ServerConfig(port=0, max_queue=2))
-    error = check_error(ask(live, ["a"] * 3), 400)
-    assert error["param"] == "prompt"
+    error = check_error(ask(live, ["a"] * 3, path), 400)
+    assert error["param"] == PATHS[path]
     assert "more than the 2" in error["message"]
     assert not live.engine.submitted
 

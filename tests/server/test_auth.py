@@ -32,6 +32,8 @@ def test_every_route_but_the_probes_needs_the_key(locked: Live) -> None:
     assert {path for _, path in routes} >= {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/embeddings",
         "/v1/models",
         "/metrics",
         "/version",

@@ -9,8 +9,8 @@ from engine.memory import MemoryPlan
 from engine.outputs import TokenLogprob
 from engine.sampler import Sample, SampleRow
 from tests.server.conftest import Live, wait_until
+from tests.server.refusals import check_error
 from tests.server.scripted import Stage, staged, token
-from tests.server.test_bad_requests import check_error
 from tests.server.test_disconnects import connect
 from tests.server.test_metrics import samples
 

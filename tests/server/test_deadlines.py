@@ -11,8 +11,8 @@ import pytest
 from engine.errors import RequestTimeoutError
 from tests.server.conftest import Live
 from tests.server.fakes import FakeEngine
+from tests.server.refusals import check_error
 from tests.server.scripted import Stage, staged
-from tests.server.test_bad_requests import check_error
 from tests.server.test_metrics import samples
 
 BODIES: dict[str, dict[str, Any]] = {

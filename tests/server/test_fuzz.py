@@ -9,16 +9,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.kv_policies.registry import POLICIES
+from server.embeddings import EmbeddingRequest
 from server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.response_request import ResponseRequest
 from tests.server.conftest import Live
 
 MODELS = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/responses": ResponseRequest,
+    "/v1/embeddings": EmbeddingRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-SOUND: dict[str, Any] = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [1]}
+SOUND: dict[str, Any] = {"prompt": "x", "input": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [1]}
 
 texts = st.one_of(st.text(max_size=20), st.sampled_from(["user", "assistant", "text", "full", "fake", "\x00", "</s>"]))
 scalars = st.one_of(
@@ -36,6 +40,17 @@ values = st.recursive(
     max_leaves=8,
 )
 message = st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls", "type", "text"]), values)
+kinds = st.sampled_from(["message", "function_call", "function_call_output"])
+item = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": kinds,
+        "role": st.sampled_from(["user", "assistant", "system", "developer"]),
+        "content": st.one_of(texts, st.lists(st.fixed_dictionaries({"type": st.just("input_text"), "text": texts}))),
+        **dict.fromkeys(["call_id", "name", "arguments", "output"], texts),
+    },
+)
+function = st.fixed_dictionaries({"type": st.just("function"), "name": texts}, optional={"parameters": values})
 calm = settings(
     deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
@@ -94,6 +109,17 @@ def test_arbitrary_messages_never_give_a_500(live: Live) -> None:
     @given(st.lists(st.one_of(message, values), max_size=3))
     def run(messages: list[object]) -> None:
         check(live, "/v1/chat/completions", {"messages": messages, "max_tokens": 4})
+
+    run()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_arbitrary_items_and_tools_never_give_a_500(live: Live, stream: bool) -> None:
+    @calm
+    @given(st.lists(st.one_of(item, values), max_size=3), st.lists(st.one_of(function, values), max_size=2))
+    def run(items: list[object], tools: list[object]) -> None:
+        body = {"input": items, "tools": tools, "stream": stream, "max_output_tokens": 4}
+        check(live, "/v1/responses", body)
 
     run()
 

@@ -19,8 +19,8 @@ from server.config import ServerConfig
 from tests.engine.checkpoints import random_model, save
 from tests.server.conftest import Live, running, wait_until
 from tests.server.fakes import FakeEngine
+from tests.server.refusals import check_error
 from tests.server.scripted import Stage, only_a, staged, token
-from tests.server.test_bad_requests import check_error
 from tests.server.test_metrics import samples
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

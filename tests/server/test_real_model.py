@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
+import numpy as np
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
@@ -216,6 +217,30 @@ def test_a_tool_is_called_with_arguments_that_fit(real: Live, choice: Any) -> No
     assert (answer.finish_reason, answer.message.content, call.function.name) == ("tool_calls", None, "weather")
     assert json.loads(call.function.arguments)["city"] == "Paris"
     jsonschema.validate(json.loads(call.function.arguments), schema)
+
+
+def test_a_response_is_what_the_chat_says_and_its_stream_the_same(real: Live) -> None:
+    (choice,) = _chat(real).choices
+    given: dict[str, Any] = {"model": MODEL, "input": QUESTION, "temperature": 0, "max_output_tokens": 24}
+    assert real.openai.responses.create(**given).output_text == choice.message.content
+    with real.openai.responses.stream(**given) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        assert stream.get_final_response().output_text == choice.message.content == "".join(deltas)
+
+
+def test_texts_that_mean_alike_have_embeddings_closer_than_others_and_the_same_alone(real: Live) -> None:
+    texts = [
+        "A cat sleeps on the sofa.",
+        "A kitten is napping on the couch.",
+        "The bank raised interest rates.",
+    ]
+    together = [one.embedding for one in real.openai.embeddings.create(model=MODEL, input=texts).data]
+    cat, kitten, bank = map(np.array, together)
+    assert [float(np.linalg.norm(one)) for one in (cat, kitten, bank)] == pytest.approx([1] * 3, abs=1e-5)
+    assert cat @ kitten > max(cat @ bank, kitten @ bank)
+    alone = real.openai.embeddings.create(model=MODEL, input=texts[1], encoding_format="float").data[0].embedding
+    np.testing.assert_allclose(alone, kitten, atol=1e-5)
+    assert len(alone) == 576
 
 
 def test_the_metrics_page_tells_what_happened(real: Live) -> None:

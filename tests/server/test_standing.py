@@ -13,16 +13,21 @@ from server.protocol import CompletionRequest
 from server.standing import Tenants, standing_of
 from tests.server.conftest import Live
 from tests.server.fakes import FakeEngine
+from tests.server.refusals import check_error
 from tests.server.scripted import staged
-from tests.server.test_bad_requests import check_error
 
-PATHS = ["/v1/completions", "/v1/chat/completions"]
+PATHS = {
+    "/v1/completions": {"prompt": "x"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/responses": {"input": "x"},
+    "/v1/embeddings": {"input": "x"},
+}
 FOR_EVER = 86400.0
 """An ageing that plays no part in a test."""
 
 
-def body(**fields: Any) -> dict[str, Any]:
-    return {"prompt": "x", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, **fields}
+def body(path: str = "/v1/completions", **fields: Any) -> dict[str, Any]:
+    return {**PATHS[path], "max_tokens": 1, **fields}
 
 
 def bearing(key: str) -> dict[str, str]:
@@ -42,17 +47,17 @@ def ordered(request: pytest.FixtureRequest) -> Iterator[Any]:
 def test_a_priority_is_passed_on(start: Callable[..., Live], path: str) -> None:
     live = start(FakeEngine(config=EngineConfig(scheduling="priority")))
     for priority in (5, -(2**31), 2**31 - 1, 0, None):
-        assert live.http.post(path, json=body(priority=priority)).status_code == 200
+        assert live.http.post(path, json=body(path, priority=priority)).status_code == 200
     assert [one.order["priority"] for one in live.engine.submitted] == [5, -(2**31), 2**31 - 1, 0, 0]
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_without_an_order_that_knows_it_a_priority_is_a_400_that_says_what_to_do(live: Live, path: str) -> None:
-    error = check_error(live.http.post(path, json=body(priority=1)), 400)
+    error = check_error(live.http.post(path, json=body(path, priority=1)), 400)
     assert error["param"] == "priority"
     assert "--scheduling priority" in error["message"]
     for nothing in (0, None):
-        assert live.http.post(path, json=body(priority=nothing)).status_code == 200
+        assert live.http.post(path, json=body(path, priority=nothing)).status_code == 200
 
 
 def test_the_lowest_priority_is_served_first(ordered: Any) -> None:
@@ -137,14 +142,14 @@ def test_keys_and_users_are_never_the_same_tenant_nor_to_be_read_in_its_name() -
 def test_the_tenant_reaches_the_engine_and_the_key_does_not(start: Callable[..., Live], path: str) -> None:
     live = start(FakeEngine(), ServerConfig(port=0, api_key="one,two"))
     for key in ("one", "two", "one"):
-        assert live.http.post(path, json=body(user="me"), headers=bearing(key)).status_code == 200
+        assert live.http.post(path, json=body(path, user="me"), headers=bearing(key)).status_code == 200
     first, second, third = (one.order["tenant"] for one in live.engine.submitted)
     assert first == third != second
     assert "one" not in first
 
 
 def test_a_user_may_have_a_long_name(live: Live) -> None:
-    assert live.http.post(PATHS[0], json=body(user="ü" * 1024)).status_code == 200
+    assert live.http.post("/v1/completions", json=body(user="ü" * 1024)).status_code == 200
 
 
 def test_the_setting_knows_three_words() -> None:

@@ -57,6 +57,15 @@ def test_the_api_describes_its_bodies(live: Live) -> None:
             assert described["required"] == ["type"]
             given = {one: field.get("default", field.get("const")) for one, field in described["properties"].items()}
             assert given == describe(policy())
+    (embedding,) = description["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"].values()
+    assert embedding["schema"]["$ref"] == "#/components/schemas/EmbeddingRequest"
+    schemas = description["components"]["schemas"]
+    assert {"input", "dimensions", "pooling", "cache_salt"} < schemas["EmbeddingRequest"]["properties"].keys()
+    given = schemas["ResponseRequest"]["properties"]
+    assert {"instructions", "tools", "top_k", "kv_policy", "cache_salt"} < given.keys()
+    text, items = given["input"]["anyOf"]
+    assert text == {"type": "string"}
+    assert items["items"] == {"$ref": "#/components/schemas/InputItem"}
     assert live.http.get("/docs").status_code == 200
 
 
