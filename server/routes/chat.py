@@ -11,10 +11,11 @@ from starlette.responses import Response
 
 from engine.errors import InvalidRequestError
 from engine.outputs import Output, TokenLogprob
+from server.answer_schemas import ChatCompletion, ChatCompletionChunk
 from server.answers import Choice, answer, collect, head_of
 from server.generation import Generation
 from server.logprobs import chat_logprobs
-from server.openapi import takes
+from server.openapi import OF_GENERATION, errors, gives, takes
 from server.protocol import ChatRequest
 from server.sampling import sampling_params
 from server.serving import Serving, read_body
@@ -51,7 +52,11 @@ class Job:
         return chat_logprobs(self.serving.engine.tokenizer, tokens, self.body.top_logprobs or 0)
 
 
-@router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
+@router.post(
+    "/v1/chat/completions",
+    openapi_extra=takes(ChatRequest),
+    responses=gives(ChatCompletion, chunk=ChatCompletionChunk) | errors(*OF_GENERATION),
+)
 async def chat_completions(request: Request) -> Response:
     """Answer the last message of a conversation."""
     arrival = time.monotonic()

@@ -5,14 +5,15 @@ import json
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.openapi import takes
+from server.answer_schemas import Text, Tokens
+from server.openapi import OF_BODIES, errors, gives, takes
 from server.protocol import DetokenizeRequest, TokenizeRequest
 from server.serving import Serving, read_body
 
 router = APIRouter(tags=["tokens"])
 
 
-@router.post("/tokenize", openapi_extra=takes(TokenizeRequest))
+@router.post("/tokenize", openapi_extra=takes(TokenizeRequest), responses=gives(Tokens) | errors(*OF_BODIES))
 async def tokenize(request: Request) -> Response:
     """Token ids of a text, or of a conversation."""
     serving = Serving.of(request)
@@ -33,12 +34,12 @@ async def tokenize(request: Request) -> Response:
     return Response(json.dumps(content), media_type="application/json")
 
 
-@router.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
-async def detokenize(request: Request) -> dict[str, str]:
+@router.post("/detokenize", openapi_extra=takes(DetokenizeRequest), responses=errors(*OF_BODIES))
+async def detokenize(request: Request) -> Text:
     """The text of token ids, special tokens included."""
     serving = Serving.of(request)
     body = await read_body(request, DetokenizeRequest)
     serving.model(body.model)
     await serving.check_prompts([body.tokens], "tokens")
     (text,) = await serving.decode([body.tokens], skip_special_tokens=False)
-    return {"prompt": text}
+    return Text(prompt=text)
