@@ -17,7 +17,8 @@ from server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, T
 from server.version import version
 
 _BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
-_CHUNKS = (CompletionChunk, ChatCompletionChunk)
+_ANSWERS = (CompletionChunk, ChatCompletionChunk, Error)
+"""Those of which FastAPI does not know."""
 _REF = "#/components/schemas/{model}"
 
 OF_BODIES = (400, 404, 413, 415)
@@ -88,7 +89,8 @@ def _event(chunk: type[BaseModel]) -> dict[str, Any]:
 def _error(status: int) -> dict[str, Any]:
     name = _HEADERS_OF.get(status)
     headers = {} if name is None else {name: _HEADERS[name]}
-    return {"model": Error, "description": _ERRORS[status], "headers": headers}
+    content = {"application/json": {"schema": {"$ref": _REF.format(model=Error.__name__)}}}
+    return {"description": _ERRORS[status], "headers": headers, "content": content}
 
 
 def install(app: FastAPI, *, keys: bool) -> None:
@@ -100,7 +102,7 @@ def install(app: FastAPI, *, keys: bool) -> None:
             schemas = description["components"]["schemas"]
             for unused in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(unused, None)
-            for kinds, mode in ((_BODIES, "validation"), (_CHUNKS, "serialization")):
+            for kinds, mode in ((_BODIES, "validation"), (_ANSWERS, "serialization")):
                 _, more = models_json_schema([(kind, mode) for kind in kinds], ref_template=_REF)  # type: ignore[misc]
                 schemas.update(more["$defs"])
             for path, operations in description["paths"].items():
@@ -120,7 +122,6 @@ def _complete(operation: dict[str, Any], *, key: bool) -> None:
     responses.pop("422", None)  # FastAPI's own way to refuse a parameter, which here is a 400 or a 404
     if key:
         operation["security"] = [{"key": []}]
-        responses["401"] = {**_error(401), "content": responses["500"]["content"]}
-        del responses["401"]["model"]
+        responses["401"] = _error(401)
     for response in responses.values():
         response["headers"] = {**response.get("headers", {}), "X-Request-Id": _HEADERS["X-Request-Id"]}
