@@ -236,6 +236,14 @@ class Text(BaseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """Of GET /tokenizer_info; the texts of special tokens, and the template in Jinja."""
+
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+
+
 class Status(BaseModel):
     """Of the probes, when all is well."""
 

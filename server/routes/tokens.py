@@ -1,11 +1,11 @@
-"""POST /tokenize and /detokenize: what the model sees of a text."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info: what the model sees of a text."""
 
 import json
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.answer_schemas import Text, Tokens
+from server.answer_schemas import Text, TokenizerInfo, Tokens
 from server.openapi import OF_BODIES, errors, gives, takes
 from server.protocol import DetokenizeRequest, TokenizeRequest
 from server.serving import Serving, read_body
@@ -43,3 +43,15 @@ async def detokenize(request: Request) -> Text:
     await serving.check_prompts([body.tokens], "tokens")
     (text,) = await serving.decode([body.tokens], skip_special_tokens=False)
     return Text(prompt=text)
+
+
+@router.get("/tokenizer_info", responses=errors())
+async def tokenizer_info(request: Request) -> TokenizerInfo:
+    """What a client needs to prepare prompts itself, beside the two others; lm-eval does."""
+    serving = Serving.of(request)
+    tokenizer, template = serving.engine.tokenizer, serving.template
+    return TokenizerInfo(
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        chat_template=None if template is None else template.source,
+    )

@@ -68,6 +68,7 @@ def test_chunks_are_as_described(roomy: Live, path: str, body: dict[str, Any], u
         "/health": schemas.Status,
         "/ready": schemas.Status,
         "/version": schemas.Version,
+        "/tokenizer_info": schemas.TokenizerInfo,
     }.items(),
 )
 def test_the_rest_is_as_described(live: Live, path: str, kind: type[BaseModel]) -> None:
@@ -94,6 +95,7 @@ def test_every_operation_says_which_errors_it_gives(start: Callable[..., Live]) 
         COMPLETIONS: bodies | {"408", "429", "503"},
         "/tokenize": bodies,
         "/detokenize": bodies,
+        "/tokenizer_info": {"200", "401", "500"},
         "/v1/models": {"200", "401", "500"},
         "/v1/models/{name}": {"200", "401", "404", "500"},
         "/health": {"200", "500", "503"},

@@ -19,5 +19,5 @@ def test_schemathesis_finds_no_fault(start: Callable[..., Live], tmp_path: Path)
     command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(CONFIG), *flags]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "10 selected / 10 total" in run.stdout
+    assert "11 selected / 11 total" in run.stdout
     assert not live.engine.open
