@@ -66,7 +66,7 @@ def create_app(
     )
     for room in (completions, chat, responses, embeddings, tokens, status):
         app.include_router(room.router)
-    openapi.install(app)
+    openapi.install(app, keys=bool(config.api_key))
     errors.install(app, lambda: retry_after(serving))
     if config.api_key:
         app.add_middleware(ApiKeyMiddleware, keys=config.api_key)

@@ -10,12 +10,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PlainValidator,
     ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
+from pydantic.config import JsonDict
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from engine.beam_search import MAX_LENGTH_PENALTY
 from engine.errors import InvalidRequestError
@@ -53,16 +59,30 @@ _OF_BEAMS: Mapping[str, tuple[object, ...]] = {"length_penalty": (1,), "early_st
 TokenIds = list[int]
 _INTS = {"type": "array", "items": {"type": "integer"}}
 _STRINGS = {"type": "array", "items": {"type": "string"}}
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 
 
-def unserved(*neutral: object, why: str = "this is not served yet; leave it out") -> AfterValidator:
+class Unserved:
     """For a field that is not served: null and the ``neutral`` values pass, for they ask for nothing."""
 
-    def check(value: object) -> None:
-        if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
-            raise ValueError(why)
+    def __init__(self, *neutral: object, why: str = "this is not served yet; leave it out") -> None:
+        self._neutral = neutral
+        self._why = why
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [None, *self._neutral]}
+
+    def _check(self, value: object) -> None:
+        if value is not None and not any(type(value) is type(one) and value == one for one in self._neutral):
+            raise ValueError(self._why)
 
 
 def _check_length(ids: list[Any], info: ValidationInfo) -> list[Any]:
@@ -163,7 +183,7 @@ Prompt = Annotated[
 Stops = Annotated[
     list[str],
     PlainValidator(_stops),
-    WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS, {"type": "null"}]}),
+    WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}, {"type": "null"}]}),
 ]
 EarlyStopping = Annotated[
     bool | Literal["never"] | None,
@@ -173,7 +193,7 @@ EarlyStopping = Annotated[
 Content = Annotated[
     str | None,
     PlainValidator(_content),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]}),
 ]
 TemplateValues = Annotated[dict[Name, Any] | None, AfterValidator(_template_values)]
 
@@ -215,12 +235,12 @@ class SamplingBody(ConstrainedBody):
     length_penalty: Annotated[float, Field(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] | None = None
     early_stopping: EarlyStopping = None
 
-    bad_words: Annotated[Any, unserved([])] = None
-    allowed_token_ids: Annotated[Any, unserved()] = None
-    prompt_logprobs: Annotated[Any, unserved()] = None
-    skip_special_tokens: Annotated[Any, unserved(True)] = None
-    include_stop_str_in_output: Annotated[Any, unserved(False)] = None
-    truncate_prompt_tokens: Annotated[Any, unserved()] = None
+    bad_words: Annotated[Any, Unserved([])] = None
+    allowed_token_ids: Annotated[Any, Unserved()] = None
+    prompt_logprobs: Annotated[Any, Unserved()] = None
+    skip_special_tokens: Annotated[Any, Unserved(True)] = None
+    include_stop_str_in_output: Annotated[Any, Unserved(False)] = None
+    truncate_prompt_tokens: Annotated[Any, Unserved()] = None
 
     @property
     def num_made(self) -> int:
@@ -263,8 +283,8 @@ class CompletionRequest(SamplingBody):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     add_special_tokens: bool | None = None
 
-    suffix: Annotated[Any, unserved("")] = None
-    prompt_embeds: Annotated[Any, unserved()] = None
+    suffix: Annotated[Any, Unserved("")] = None
+    prompt_embeds: Annotated[Any, Unserved()] = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -276,15 +296,25 @@ class CompletionRequest(SamplingBody):
         return self
 
 
+_SAYS_SOMETHING: JsonDict = {
+    "anyOf": [
+        {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
+        {"properties": {"role": {"const": "assistant"}, "tool_calls": {"minItems": 1}}, "required": ["tool_calls"]},
+    ]
+}
+
+
 class Message(Body):
     """One turn of a conversation."""
+
+    model_config = ConfigDict(json_schema_extra=_SAYS_SOMETHING)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = None
     name: Name | None = None
     tool_calls: ToolCalls = None
     tool_call_id: Name | None = None
-    function_call: Annotated[Any, unserved()] = None
+    function_call: Annotated[Any, Unserved()] = None
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
@@ -314,16 +344,16 @@ class ChatRequest(SamplingBody):
     tools: Tools = None
     tool_choice: ToolChoiceField = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[Any, unserved([])] = None
-    function_call: Annotated[Any, unserved("none", "auto")] = None
-    modalities: Annotated[Any, unserved(["text"])] = None
-    audio: Annotated[Any, unserved()] = None
-    prediction: Annotated[Any, unserved()] = None
-    web_search_options: Annotated[Any, unserved()] = None
-    documents: Annotated[Any, unserved([])] = None
-    chat_template: Annotated[Any, unserved()] = None
-    continue_final_message: Annotated[Any, unserved(False)] = None
-    echo: Annotated[Any, unserved(False)] = None
+    functions: Annotated[Any, Unserved([])] = None
+    function_call: Annotated[Any, Unserved("none", "auto")] = None
+    modalities: Annotated[Any, Unserved(["text"])] = None
+    audio: Annotated[Any, Unserved()] = None
+    prediction: Annotated[Any, Unserved()] = None
+    web_search_options: Annotated[Any, Unserved()] = None
+    documents: Annotated[Any, Unserved([])] = None
+    chat_template: Annotated[Any, Unserved()] = None
+    continue_final_message: Annotated[Any, Unserved(False)] = None
+    echo: Annotated[Any, Unserved(False)] = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

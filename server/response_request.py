@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Wit
 
 from engine.errors import InvalidRequestError
 from server.body import Body, Name
-from server.protocol import MAX_MESSAGES, ChatRequest, Message, SamplingBody, TemplateValues, text_of_parts, unserved
+from server.protocol import MAX_MESSAGES, ChatRequest, Message, SamplingBody, TemplateValues, Unserved, text_of_parts
 from server.structured_output import JsonSchemaFormat, ResponseFormat, check_patterns
 from server.tools import (
     MAX_TOOLS,
@@ -150,7 +150,7 @@ class TextConfig(Body):
     """What the text is to be like."""
 
     format: TextFormat | None = None
-    verbosity: Annotated[Any, unserved("medium")] = None
+    verbosity: Annotated[Any, Unserved("medium")] = None
 
 
 class ResponseRequest(SamplingBody):
@@ -181,16 +181,16 @@ class ResponseRequest(SamplingBody):
     store: bool | None = None
     chat_template_kwargs: TemplateValues = None
 
-    n: Annotated[Any, unserved(1, why=_ONE_ANSWER)] = None
-    best_of: Annotated[Any, unserved(1, why=_ONE_ANSWER)] = None
-    use_beam_search: Annotated[Any, unserved(False, why=_ONE_ANSWER)] = None
-    response_format: Annotated[Any, unserved(why="the form of a response is text.format")] = None
-    previous_response_id: Annotated[Any, unserved(why=_NOT_KEPT)] = None
-    conversation: Annotated[Any, unserved(why=_NOT_KEPT)] = None
-    background: Annotated[Any, unserved(False)] = None
-    prompt: Annotated[Any, unserved()] = None
+    n: Annotated[Any, Unserved(1, why=_ONE_ANSWER)] = None
+    best_of: Annotated[Any, Unserved(1, why=_ONE_ANSWER)] = None
+    use_beam_search: Annotated[Any, Unserved(False, why=_ONE_ANSWER)] = None
+    response_format: Annotated[Any, Unserved(why="the form of a response is text.format")] = None
+    previous_response_id: Annotated[Any, Unserved(why=_NOT_KEPT)] = None
+    conversation: Annotated[Any, Unserved(why=_NOT_KEPT)] = None
+    background: Annotated[Any, Unserved(False)] = None
+    prompt: Annotated[Any, Unserved()] = None
     reasoning: Annotated[Any, AfterValidator(_no_reasoning)] = None
-    truncation: Annotated[Any, unserved("disabled")] = None
+    truncation: Annotated[Any, Unserved("disabled")] = None
 
     @property
     def wants_logprobs(self) -> bool:

@@ -28,7 +28,9 @@ def _function_name(name: str) -> str:
 class Function(Body):
     """What a tool does."""
 
-    name: Annotated[str, AfterValidator(_function_name)]
+    name: Annotated[
+        str, AfterValidator(_function_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME.pattern}$"})
+    ]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None

@@ -9,9 +9,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.outputs import Output
+from server.answer_schemas import ChatCompletion, ChatCompletionChunk
 from server.answers import Choice, answer, collect, head_of
 from server.chat_job import ChatJob
-from server.openapi import takes
+from server.openapi import OF_GENERATION, errors, gives, takes
 from server.protocol import ChatRequest
 from server.serving import Serving, read_body
 from server.sse import EventStream, Frame, quote
@@ -23,7 +24,11 @@ router = APIRouter(tags=["chat"])
 _ROLE = '"delta": {"role": "assistant", "content": ""}, "logprobs": null'
 
 
-@router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
+@router.post(
+    "/v1/chat/completions",
+    openapi_extra=takes(ChatRequest),
+    responses=gives(ChatCompletion, chunk=ChatCompletionChunk) | errors(*OF_GENERATION),
+)
 async def chat_completions(request: Request) -> Response:
     """Answer the last message of a conversation."""
     arrival = time.monotonic()

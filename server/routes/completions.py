@@ -11,10 +11,11 @@ from starlette.responses import Response
 from engine.grammar import Grammar
 from engine.kv_policies.policy import KVPolicy
 from server.admission import check_ready
+from server.answer_schemas import Completion, CompletionChunk
 from server.answers import Choice, answer, collect, head_of
 from server.generation import Generation
 from server.logprobs import LegacyLogprobs
-from server.openapi import takes
+from server.openapi import OF_GENERATION, errors, gives, takes
 from server.protocol import CompletionRequest, TokenIds
 from server.sampling import sampling_params
 from server.serving import Serving, read_body
@@ -57,7 +58,11 @@ class Job:
         return None if count is None else LegacyLogprobs(self.serving.engine.tokenizer, count)
 
 
-@router.post("/v1/completions", openapi_extra=takes(CompletionRequest))
+@router.post(
+    "/v1/completions",
+    openapi_extra=takes(CompletionRequest),
+    responses=gives(Completion, chunk=CompletionChunk) | errors(*OF_GENERATION),
+)
 async def completions(request: Request) -> Response:
     """Continue each of the prompts."""
     arrival = time.monotonic()

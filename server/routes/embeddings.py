@@ -8,10 +8,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.sampling_params import SamplingParams
+from server.answer_schemas import Embeddings
 from server.answers import collect, head_of
 from server.embeddings import EmbeddingRequest, written
 from server.generation import Generation
-from server.openapi import takes
+from server.openapi import OF_GENERATION, errors, gives, takes
 from server.serving import Serving, read_body
 from server.standing import Standing
 
@@ -21,7 +22,11 @@ _INLINE_NUMBERS = 16384
 """Numbers that are written at once (a few milliseconds); more in a thread, vector by vector, to hold up nobody."""
 
 
-@router.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest))
+@router.post(
+    "/v1/embeddings",
+    openapi_extra=takes(EmbeddingRequest),
+    responses=gives(Embeddings) | errors(*OF_GENERATION),
+)
 async def embeddings(request: Request) -> Response:
     """One vector for each of the inputs."""
     arrival = time.monotonic()

@@ -10,10 +10,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.errors import InvalidRequestError
+from server.answer_schemas import ResponseAnswer, ResponseEvent
 from server.chat_job import ChatJob
 from server.errors import ApiError
 from server.exchange import Exchange
-from server.openapi import takes
+from server.openapi import OF_GENERATION, errors, gives, takes
 from server.response_object import EventWriter, ResponseObject
 from server.response_output import Event, ResponseOutput
 from server.response_request import ResponseRequest
@@ -31,7 +32,11 @@ _NAMES = {
 """What the chat endpoint's fields are called here."""
 
 
-@router.post("/v1/responses", openapi_extra=takes(ResponseRequest))
+@router.post(
+    "/v1/responses",
+    openapi_extra=takes(ResponseRequest),
+    responses=gives(ResponseAnswer, chunk=ResponseEvent) | errors(*OF_GENERATION),
+)
 async def responses(request: Request) -> Response:
     """Answer a conversation."""
     arrival = time.monotonic()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.server.conftest import Live
-from tests.server.fakes import FakeEngine, byte_tokenizer
+from tests.server.fakes import TEMPLATE, FakeEngine, byte_tokenizer
 
 
 def prompt_of(live: Live) -> str:
@@ -105,6 +105,11 @@ def test_a_model_without_a_template_does_not_chat(start: Callable[..., Live]) ->
 def test_a_broken_template_of_a_checkpoint_leaves_completions_working(start: Callable[..., Live]) -> None:
     live = start(FakeEngine(tokenizer=byte_tokenizer(chat_template="{% if %}")))
     assert live.http.post("/v1/completions", json={"prompt": "Hi"}).status_code == 200
+
+
+def test_the_tokenizer_tells_its_special_tokens_and_template(live: Live) -> None:
+    info = live.http.get("/tokenizer_info").json()
+    assert info == {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
 
 
 def test_tokenize_and_detokenize_are_inverse(live: Live) -> None:
