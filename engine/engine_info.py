@@ -20,6 +20,8 @@ class EngineInfo:
     block_size: int
     kv_bytes: int
     load_seconds: float
+    weight_bits: tuple[int, ...] = ()
+    """Bits of those weights that are multiplied as codes."""
     kv_format: str | None = None
     """What keys and values are stored as; None: as values of ``dtype``."""
     position_dependent_rotation: bool = False
@@ -31,8 +33,14 @@ class EngineInfo:
 
     @property
     def dtypes(self) -> str:
-        """The model's dtype, and that of its KV where it is another."""
-        return self.dtype if self.kv_format is None else f"{self.dtype} with {self.kv_format} KV"
+        """The model's dtype, and those of its weights and its KV where they are others."""
+        others = [f"{self._bits} weights"] if self.weight_bits else []
+        others += [f"{self.kv_format} KV"] if self.kv_format is not None else []
+        return f"{self.dtype} with {' and '.join(others)}" if others else self.dtype
+
+    @property
+    def _bits(self) -> str:
+        return " and ".join(map(str, self.weight_bits)) + "-bit"
 
     @property
     def kv_tokens(self) -> int:
@@ -49,7 +57,8 @@ class EngineInfo:
         return [
             f"model {self.model_name} ({self.architecture}), {self.dtype} on {self.device}, "
             f"{self.threads} thread{'s' if self.threads > 1 else ''}",
-            f"weights {_size(self.weight_bytes)}, loaded in {self.load_seconds:.1f} s",
+            f"{f'{self._bits} ' if self.weight_bits else ''}weights {_size(self.weight_bytes)}, "
+            f"loaded in {self.load_seconds:.1f} s",
             f"KV cache {_size(self.kv_bytes)} of {self.kv_format or self.dtype}: {self.kv_tokens:,} tokens in "
             f"{self.num_blocks:,} blocks of {self.block_size}, {self.full_length_requests:.1f} requests at the full "
             f"{self.max_model_len:,} tokens",

@@ -162,6 +162,7 @@ def engine_info(config: EngineConfig, loaded: LoadedModel, plan: MemoryPlan) -> 
         hidden_size=model.hidden_size,
         max_model_len=plan.max_model_len,
         weight_bytes=loaded.decoder.nbytes,
+        weight_bits=loaded.decoder.quantized_bits,
         num_blocks=plan.num_blocks,
         block_size=config.block_size,
         kv_bytes=plan.num_blocks * KVCache.block_bytes(model, config.block_size, loaded.dtype, plan.kv_format),

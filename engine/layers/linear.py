@@ -43,6 +43,7 @@ class Grouped:
     def __init__(self, packed: ops.PackedGroups) -> None:
         """A weight [out, in] as `ops.pack_groups` returned it."""
         self._packed = packed
+        self.bits = packed.bits
 
     @property
     def nbytes(self) -> int:

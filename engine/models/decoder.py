@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KVCache, LayerCache
-from engine.layers.linear import Dense, Linear
+from engine.layers.linear import Dense, Grouped, Linear
 from engine.layers.pruned_attention import prune
 from engine.layers.rope import RotaryEmbedding
 from engine.models.config import ModelConfig
@@ -149,11 +149,22 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        linears = [
-            linear
-            for block in self.blocks
-            for linear in (block.attention.qkv, block.attention.output, block.mlp.gate_up, block.mlp.down)
-        ]
         shared = self.config.tie_embeddings and isinstance(self.head.weight, Dense)
-        head = 0 if shared else self.head.nbytes
-        return self.embedding.nbytes + head + sum(linear.nbytes for linear in linears)
+        matrices = sum(linear.nbytes for linear in self._linears)
+        return self.embedding.nbytes + matrices - (self.head.nbytes if shared else 0)
+
+    @property
+    def quantized_bits(self) -> tuple[int, ...]:
+        """How many bits the codes of weights have that are multiplied as codes, ascending."""
+        return tuple(sorted({one.weight.bits for one in self._linears if isinstance(one.weight, Grouped)}))
+
+    @property
+    def _linears(self) -> list[Linear]:
+        return [
+            self.head,
+            *(
+                linear
+                for block in self.blocks
+                for linear in (block.attention.qkv, block.attention.output, block.mlp.gate_up, block.mlp.down)
+            ),
+        ]

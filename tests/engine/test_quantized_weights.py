@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.launch import LoadedModel, keep_quantized, load_model
+from engine.launch import LoadedModel, engine_info, keep_quantized, load_model
 from engine.layers.linear import Dense, Grouped
+from engine.memory import MemoryPlan
 from kernels import ops
 from tests.engine.checkpoints import random_model, save
 from tests.engine.driving import all_logits
@@ -31,6 +32,7 @@ def test_every_matrix_of_the_embedded_model_stays_in_its_own_bits(kept: LoadedMo
         parts = block.attention.qkv, block.attention.output, block.mlp.gate_up, block.mlp.down
         assert all(isinstance(part.weight, Grouped) for part in parts)
     assert isinstance(kept.decoder.head.weight, Grouped)
+    assert kept.decoder.quantized_bits == (4, 8)
     matrices = kept.decoder.nbytes - kept.decoder.embedding.nbytes
     assert matrices == pytest.approx(kept.checkpoint.tensors.nbytes, rel=0.01)
 
@@ -63,6 +65,7 @@ def test_weights_of_other_files_are_dense(tmp_path: Path) -> None:
     loaded = load_model(EngineConfig(model=str(save(random_model("llama"), tmp_path)), dtype="bfloat16"))
     assert keep_quantized(EngineConfig(), CPU)
     assert isinstance(loaded.decoder.blocks[0].mlp.down.weight, Dense)
+    assert loaded.decoder.quantized_bits == ()
 
 
 def test_without_a_kernel_for_them_weights_are_dense(embedded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,3 +74,9 @@ def test_without_a_kernel_for_them_weights_are_dense(embedded: LoadedModel, monk
     again = load_model(EngineConfig(model="embedded", dtype="float32"))
     assert isinstance(again.decoder.head.weight, Dense)
     assert again.decoder.nbytes == embedded.decoder.nbytes
+
+
+def test_the_start_log_and_every_report_name_the_bits(kept: LoadedModel) -> None:
+    info = engine_info(EngineConfig(), kept, MemoryPlan(num_blocks=4, num_host_blocks=0, max_model_len=64))
+    assert info.dtypes == "float32 with 4 and 8-bit weights"
+    assert "4 and 8-bit weights 200 MiB" in info.lines()[1]
