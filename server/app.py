@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from engine.errors import ConfigError
 from server import errors, openapi
@@ -70,6 +71,14 @@ def create_app(
     errors.install(app, lambda: retry_after(serving))
     if config.api_key:
         app.add_middleware(ApiKeyMiddleware, keys=config.api_key)
+    if config.cors_origins:  # outside the check of keys: a browser asks first whether it may, without one
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("Retry-After", "X-Request-Id"),
+        )
     app.add_middleware(ObservationMiddleware, listeners=listeners_of(config) if listeners is None else listeners)
     return app
 

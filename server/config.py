@@ -1,5 +1,6 @@
 """How the server listens, and what it lets one client take."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,8 @@ from engine.config import check, setting
 from engine.errors import ConfigError
 from engine.kv_policies.registry import POLICIES
 from engine.setting_values import boolean, choice, integer, memory, number, path, text, texts
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,13 @@ class ServerConfig(LogConfig):
     port: int = setting(8000, integer(0, 65535), "port to listen on; 0 for any free one", metavar="N")
     api_key: tuple[str, ...] = setting(
         (), texts, "key that clients must send; may be given more than once", metavar="KEY", secret=True
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        texts,
+        "origin, such as https://chat.example.com, whose pages may use the server from a browser; * for all; may be "
+        "given more than once; none by default",
+        metavar="ORIGIN",
     )
     served_model_name: tuple[str, ...] = setting(
         (), texts, "name of the model to clients; may be given more than once", metavar="NAME"
@@ -93,6 +103,11 @@ class ServerConfig(LogConfig):
 
     def __post_init__(self) -> None:
         check(self)
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"--cors-origins: {origin!r} is neither * nor an origin such as https://example.com:8443"
+                )
         for name in self.kv_policy_allow:
             if name not in POLICIES:
                 raise ConfigError(

@@ -67,6 +67,7 @@ def test_every_setting_has_a_flag_a_variable_and_a_key(cls: type, tmp_path: Path
         "chat_template": ("word", Path("word")),
         "api_key": ("word", ("word",)),
         "served_model_name": ("word", ("word",)),
+        "cors_origins": ("http://localhost", ("http://localhost",)),
         "kv_policy": ("window", SlidingWindow()),
         "kv_policy_allow": ("window", ("window",)),
     }
