@@ -4,8 +4,8 @@
     python -m bench.compile_kernels --all        compile everything
     python -m bench.compile_kernels --only d128  print what some variants compile to, and write nothing
 
-It writes `kernels/triton/compiled.json`, and `docs/gpu-kernels-compiled.md` from that; fails if a variant spills registers or
-lacks tensor-core instructions.
+It writes `kernels/triton/compiled.json`, and `docs/gpu-kernels-compiled.md` from that; fails if a variant spills
+registers or lacks tensor-core instructions.
 """
 
 import argparse
@@ -26,6 +26,17 @@ from kernels.triton.variant import Variant
 
 DOCUMENT: Final = Path(__file__).parent.parent / "docs" / "gpu-kernels-compiled.md"
 
+COLUMNS: Final = "variant", "warps", "registers", "shared memory", "programs", "mma", "wgmma", "cp.async"
+
+INTRODUCTION: Final = """\
+# What the GPU kernels compile to
+
+Made by `make kernels`: code compiled ahead of time, on a machine without a GPU, by the compilers in Triton {version}.
+Nothing here was measured. What the kernels do, and what a variant's name says, is in [gpu-kernels.md](gpu-kernels.md).
+
+`programs` is how many a multiprocessor has room for at once; `mma`, `wgmma` and `cp.async` count instructions in the
+code. The check fails if a variant spills registers, or does not multiply on tensor cores where it must."""
+
 Work = tuple[str, Variant, GPU]
 
 
@@ -43,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     found = {(gpu, name): known[digest(variant), gpu] for name, variant, gpu in work if (digest(variant), gpu) in known}
     found |= _compile_all([one for one in work if (one[2], one[0]) not in found], args.jobs)
     faults = [
-        f"{gpu.architecture} {name}: {fault}" for name, variant, gpu in work for fault in found[gpu, name].faults(variant)
+        f"{gpu.architecture} {name}: {fault}"
+        for name, variant, gpu in work
+        for fault in found[gpu, name].faults(variant)
     ]
     if args.only is not None:
         for name, _, gpu in work:
@@ -59,24 +72,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def document(compiled: dict[str, dict[str, Compiled]]) -> str:
     """The table for people to read."""
-    lines = [
-        "# What the GPU kernels compile to",
-        "",
-        "Made by `make kernels`, from code that was compiled ahead of time on a machine without a GPU, by the compilers in",
-        f"Triton {triton.__version__}. Nothing here was measured. [gpu-kernels.md](gpu-kernels.md) says what the kernels do and the names mean.",
-        "",
-        "`programs` is how many a multiprocessor has room for at once; `mma`, `wgmma` and `cp.async` count instructions in the code.",
-        "No variant spills registers: the check fails if one does.",
-    ]
+    lines = [INTRODUCTION.format(version=triton.__version__)]
     for gpu in COMPILED_FOR:
-        lines += ["", f"## {gpu.architecture}", "", "| variant | warps | registers | shared memory | programs | mma | wgmma | cp.async |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
+        lines += ["", f"## {gpu.architecture}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         lines += [_row(name, row, gpu) for name, row in compiled[gpu.architecture].items()]
     return "\n".join(lines) + "\n"
 
 
 def _row(name: str, row: Compiled, gpu: GPU) -> str:
-    spilled = f" + {row.stack} bytes spilled" if row.stack else ""
+    spilled = f", {row.spills} spills" if row.spills else ""
     numbers = (row.threads // 32, f"{row.registers}{spilled}", row.shared, row.programs_per_multiprocessor(gpu))
     counts = row.mma, row.wgmma, row.async_copies
     return f"| {name} | {' | '.join(map(str, numbers + counts))} |"
@@ -94,12 +98,15 @@ def _known() -> dict[tuple[str, GPU], Compiled]:
 
 def _compile_all(work: list[Work], jobs: int) -> dict[tuple[GPU, str], Compiled]:
     """In processes of their own, as compilers hold Python's lock, with a cache that is thrown away."""
-    with tempfile.TemporaryDirectory() as cache, get_context("spawn").Pool(jobs, _begin, (cache,)) as pool:
-        with progress("compiling", len(work), "variant") as bar:
-            found = {}
-            for (name, _, gpu), row in zip(work, pool.imap(_compile, work), strict=True):
-                found[gpu, name] = row
-                bar.update()
+    found = {}
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        get_context("spawn").Pool(jobs, _begin, (cache,)) as pool,
+        progress("compiling", len(work), "variant") as bar,
+    ):
+        for (name, _, gpu), row in zip(work, pool.imap(_compile, work), strict=True):
+            found[gpu, name] = row
+            bar.update()
     return found
 
 

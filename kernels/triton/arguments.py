@@ -53,9 +53,15 @@ def check_sinks(sinks: Sinks | None, q: Tensor, sequences: int) -> None:
     _require(fits, f"the sinks' q {_describe(sinks.q)} does not fit q {_describe(q)}")
 
 
+def check_mass(mass: Tensor, key_cache: Tensor) -> None:
+    """Raises ValueError unless there is a float32 for each row of the cache."""
+    fits = mass.dtype is torch.float32 and mass.shape == key_cache.shape[:3] and mass.is_contiguous()
+    _require(fits, f"mass {_describe(mass)} does not fit cache {_describe(key_cache)}")
+
+
 def check_counts(x: Tensor, *shape: int) -> None:
     """Raises ValueError unless x is int32 of this shape, with unit stride in the last dimension."""
-    fits = x.dtype is torch.int32 and x.shape == shape and x.stride(-1) == 1
+    fits = x.dtype is torch.int32 and x.shape == shape and (x.shape[-1] < 2 or x.stride(-1) == 1)
     _require(fits, f"{_describe(x)} should be int32 {shape} with unit stride in its last dimension")
 
 

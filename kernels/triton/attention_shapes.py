@@ -13,7 +13,12 @@ from kernels.sinks import Sinks
 HEADS: Final = {64: (9, 3), 80: (32, 32), 96: (32, 32), 128: (32, 8), 256: (16, 8)}
 """Query and KV heads by head dimension: those of SmolLM2 135M, Phi-2, Phi-3 mini, Llama 3.1 8B and Gemma 2 9B."""
 
-BATCHES: Final = {"decode": (128, 128, 256), "decode split": (8, 8, 512), "few": (512, 128, 256), "prefill": (4096, 4, 256)}
+BATCHES: Final = {
+    "decode": (128, 128, 256),
+    "decode split": (8, 8, 512),
+    "few": (512, 128, 256),
+    "prefill": (4096, 4, 256),
+}
 """T query tokens, B sequences, and M columns of the block table."""
 
 LIMITS: Final = ("window", "sinks", "hidden", "sinks hidden")

@@ -3,15 +3,14 @@
 Quantized rows are not decoded before they are multiplied. Their codes are, which are exact in float16; the row's scale
 and least value are applied to what comes out, or to what goes in from the other side (see `paged_attention.py`).
 
-A head's D dimensions come in two parts, since a tile's sides are powers of two: the first D0 of them, and the others, of
-which there may be none. 80 is 64 and 16 that way, not 128. The halves of an int4 row lie in the same bytes: D0 = D / 2.
+A head's D dimensions come in two parts, since a tile's sides are powers of two: the first D0 of them, and the others,
+of which there may be none. 80 is 64 and 16 that way, not 128. An int4 row's halves lie in the same bytes: D0 = D/2.
+
+FORMAT is plain, for any dtype that holds values as they are, fp8, int8 or int4.
 """
 
 import triton
 import triton.language as tl
-
-FORMATS = ("plain", "fp8", "int8", "int4")
-"""As kernels know them: plain is any dtype that holds values as they are."""
 
 
 @triton.jit
@@ -68,28 +67,27 @@ def load_scales(
 @triton.jit
 def _load(pointers, inside, offsets, WIDTH: tl.constexpr, P: tl.constexpr, MASKED: tl.constexpr):
     if MASKED:
-        if WIDTH < P:
-            return tl.load(pointers, mask=inside[:, None] & (offsets < WIDTH)[None, :], other=0)
-        else:
-            return tl.load(pointers, mask=inside[:, None], other=0)
+        mask = inside[:, None] & (offsets < WIDTH)[None, :] if WIDTH < P else inside[:, None]
+        x = tl.load(pointers, mask=mask, other=0)
+    elif WIDTH < P:
+        x = tl.load(pointers, mask=(offsets < WIDTH)[None, :], other=0)
     else:
-        if WIDTH < P:
-            return tl.load(pointers, mask=(offsets < WIDTH)[None, :], other=0)
-        else:
-            return tl.load(pointers)
+        x = tl.load(pointers)
+    return x
 
 
 @triton.jit
 def _decode(raw, FORMAT: tl.constexpr, TYPE: tl.constexpr, CAST_FP8: tl.constexpr):
     if FORMAT == "plain":
-        return raw.to(TYPE)
+        x = raw
     elif FORMAT == "int8":
-        return _from_bits(raw.to(tl.uint16) | 0x6400, 1152.0).to(TYPE)
+        x = _from_bits(raw.to(tl.uint16) | 0x6400, 1152.0)
     elif CAST_FP8:
-        return raw.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(TYPE)
+        x = raw.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     else:  # the bits of e4m3 are those of a float16 256 times smaller, subnormal ones too
         bits = raw.to(tl.uint16)
-        return (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.float16, bitcast=True).to(TYPE)
+        x = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.float16, bitcast=True)
+    return x.to(TYPE)
 
 
 @triton.jit

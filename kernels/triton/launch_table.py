@@ -1,4 +1,4 @@
-"""Launch parameters by kernel, GPU and shape bucket: `launch_table.json`, which is checked in. Nothing is tuned at run time.
+"""Launch parameters by kernel, GPU and shape bucket: `launch_table.json`, checked in; nothing is tuned at run time.
 
 The table is a tree, kernel → compute capability → bucket → parameters. A GPU takes the entries of the newest capability
 that is not newer than its own; a bucket is whatever string the kernel's planner makes of its shapes.
@@ -24,9 +24,7 @@ def launch_parameters(kernel: str, gpu: GPU, bucket: str) -> Mapping[str, int]:
 @functools.cache
 def _tables() -> dict[str, dict[tuple[int, int], dict[str, dict[str, int]]]]:
     read = json.loads(Path(__file__).with_name("launch_table.json").read_text())
-    return {
-        kernel: {_capability(name): buckets for name, buckets in by_gpu.items()} for kernel, by_gpu in read.items()
-    }
+    return {kernel: {_capability(name): buckets for name, buckets in by_gpu.items()} for kernel, by_gpu in read.items()}
 
 
 def _capability(name: str) -> tuple[int, int]:

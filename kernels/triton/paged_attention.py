@@ -21,6 +21,7 @@ from kernels.triton.gpu import GPU, gpu_of
 from kernels.triton.kv_rows import load_codes, load_scales
 from kernels.triton.launch_table import launch_parameters
 from kernels.triton.rows import aligned_rows, num_splits, numbers_of, rows_shape
+from kernels.triton.scores import load_queries, score_tile, sequence_of_tile
 from kernels.triton.softmax import fold_scores
 from kernels.triton.variant import Launch, plan_launch
 
@@ -45,6 +46,46 @@ def attend(
     ⌊T / rows of a tile⌋ + B of them, which is enough however the rows are shared out. WHOLE_TILES: tiles that every
     row sees all of have a loop of their own, without masks. CODES are multiplied as float16, which holds them exactly.
     """
+    rows_queries = BLOCK_M // heads
+    if SEARCH:
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late rows see most: the longest programs begin first
+        b = sequence_of_tile(query_start, tile, rows_queries, num_sequences)
+    else:
+        b = tl.program_id(0)
+    begin = tl.load(query_start + b)
+    count = tl.load(query_start + b + 1) - begin
+    if SEARCH:  # no loop: it costs prefill 45 registers a thread, for addresses that outlive a tile
+        first = (tile - begin // rows_queries - b) * rows_queries
+        if first < count:
+            attend_rows(
+                q, sink_q, key_cache, value_cache, key_numbers, value_numbers,
+                block_tables, seq_lens, windows, sink_counts, hidden, out, partial_out, partial_top,
+                scale, q_token, q_head, sink_token, sink_head, table_stride,
+                num_kv_heads, group, heads, window, b, begin, count, first,
+                D, D0, P0, P1, W, S, FORMAT, CODES, CAST_FP8, BLOCK_M, TILE, WHOLE_TILES, WINDOWED,
+            )  # fmt: skip
+    else:
+        for first in range(0, count, rows_queries):
+            attend_rows(
+                q, sink_q, key_cache, value_cache, key_numbers, value_numbers,
+                block_tables, seq_lens, windows, sink_counts, hidden, out, partial_out, partial_top,
+                scale, q_token, q_head, sink_token, sink_head, table_stride,
+                num_kv_heads, group, heads, window, b, begin, count, first,
+                D, D0, P0, P1, W, S, FORMAT, CODES, CAST_FP8, BLOCK_M, TILE, WHOLE_TILES, WINDOWED,
+            )  # fmt: skip
+
+
+@triton.jit
+def attend_rows(
+    q, sink_q, key_cache, value_cache, key_numbers, value_numbers,
+    block_tables, seq_lens, windows, sink_counts, hidden, out, partial_out, partial_top,
+    scale, q_token, q_head, sink_token, sink_head, table_stride,
+    num_kv_heads, group, heads, window, b, begin, count, first,
+    D: tl.constexpr, D0: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
+    FORMAT: tl.constexpr, CODES: tl.constexpr, CAST_FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, WHOLE_TILES: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows: the queries of sequence b from its ``first`` on, as many as there is room for."""
     TYPE: tl.constexpr = tl.float16 if CODES else q.dtype.element_ty
     row = tl.arange(0, BLOCK_M)
     rows_queries = BLOCK_M // heads
@@ -52,98 +93,83 @@ def attend(
     kv_head = tl.program_id(1) * heads // group
     split, num_splits = tl.program_id(2), tl.num_programs(2)
     caches = (key_cache, value_cache, key_numbers, value_numbers)
-    if SEARCH:
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late rows see most: the longest programs begin first
-        b = sequence_of_tile(query_start, tile, rows_queries, num_sequences)
-        begin = tl.load(query_start + b)
-        first_query = (tile - begin // rows_queries - b) * rows_queries
-        count = tl.load(query_start + b + 1) - begin
-        end_query = tl.minimum(first_query + rows_queries, count)
-    else:
-        b = tl.program_id(0)
-        begin = tl.load(query_start + b)
-        first_query = 0
-        count = tl.load(query_start + b + 1) - begin
-        end_query = count
     length = tl.load(seq_lens + b)
     table = block_tables + b.to(tl.int64) * table_stride
+    query = first + row // heads
+    real = (row < rows_queries * heads) & (query < count)
+    token = (begin + query).to(tl.int64)
+    lowest = length - count + first
+    stop = tl.minimum(lowest + rows_queries, length)
+    position = tl.where(real, length - count + query, -1)
+    low = 0
+    if hidden is not None:
+        low = tl.minimum(tl.load(hidden + b * num_kv_heads + kv_head), stop)
+    reach = window
+    window_low = low
+    if WINDOWED:
+        if windows is not None:
+            own = tl.load(windows + b)
+            reach = tl.where(own > 0, tl.minimum(own, window), window)
+        window_low = tl.maximum(low, lowest - reach + 1)
 
-    for first in range(first_query, end_query, rows_queries):
-        query = first + row // heads
-        real = (row < rows_queries * heads) & (query < count)
-        token = (begin + query).to(tl.int64)
-        lowest = length - count + first
-        stop = tl.minimum(lowest + rows_queries, length)
-        position = tl.where(real, length - count + query, -1)
-        low = 0
-        if hidden is not None:
-            low = tl.minimum(tl.load(hidden + b * num_kv_heads + kv_head), stop)
-        reach = window
-        window_low = low
-        if WINDOWED:
-            if windows is not None:
-                own = tl.load(windows + b)
-                reach = tl.where(own > 0, tl.minimum(own, window), window)
-            window_low = tl.maximum(low, lowest - reach + 1)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    least = tl.zeros([BLOCK_M], tl.float32)
+    sums0 = tl.zeros([BLOCK_M, P0], tl.float32)
+    sums1 = tl.zeros([BLOCK_M, P1 if P1 > 0 else 16], tl.float32)
+    state = (top, total, least, sums0, sums1)
 
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        least = tl.zeros([BLOCK_M], tl.float32)
-        sums0 = tl.zeros([BLOCK_M, P0], tl.float32)
-        sums1 = tl.zeros([BLOCK_M, P1 if P1 > 0 else 16], tl.float32)
-        state = (top, total, least, sums0, sums1)
-
-        if sink_q is not None:
-            sinks = tl.minimum(tl.load(sink_counts + b), stop)
-            window_low = tl.maximum(window_low, sinks)
-            if split == 0 and sinks > 0:
-                sink_rows = sink_q + token * sink_token + head * sink_head
-                queries = load_queries(sink_rows, real, D, D0, P0, P1, FORMAT, TYPE)
-                state = fold_tiles(
-                    state, queries, position, 0, tl.cdiv(sinks, TILE), low, sinks, NO_WINDOW, caches, table, kv_head,
-                    num_kv_heads, scale, D, D0, P0, P1, W, S, FORMAT, TYPE, CAST_FP8, TILE, False, True,
-                )  # fmt: skip
-
-        base = window_low // TILE
-        num_tiles = tl.cdiv(stop, TILE) - base
-        per_split = tl.cdiv(num_tiles, num_splits)
-        first_tile = base + tl.minimum(split * per_split, num_tiles)
-        end_tile = tl.minimum(first_tile + per_split, base + num_tiles)
-        queries = load_queries(q + token * q_token + head * q_head, real, D, D0, P0, P1, FORMAT, TYPE)
-        if WHOLE_TILES:
-            first_whole = first_tile
-            if WINDOWED or hidden is not None:
-                whole_low = tl.maximum(window_low, stop - reach)
-                first_whole = tl.minimum(tl.maximum(tl.cdiv(whole_low, TILE), first_tile), end_tile)
-                state = fold_tiles(
-                    state, queries, position, first_tile, first_whole, window_low, stop, reach, caches, table, kv_head,
-                    num_kv_heads, scale, D, D0, P0, P1, W, S, FORMAT, TYPE, CAST_FP8, TILE, WINDOWED, True,
-                )  # fmt: skip
-            first_tile = tl.maximum(tl.minimum((lowest + 1) // TILE, end_tile), first_whole)
+    if sink_q is not None:
+        sinks = tl.minimum(tl.load(sink_counts + b), stop)
+        window_low = tl.maximum(window_low, sinks)
+        if split == 0 and sinks > 0:
+            sink_rows = sink_q + token * sink_token + head * sink_head
+            queries = load_queries(sink_rows, real, D, D0, P0, P1, FORMAT, TYPE)
             state = fold_tiles(
-                state, queries, position, first_whole, first_tile, window_low, stop, reach, caches, table, kv_head,
-                num_kv_heads, scale, D, D0, P0, P1, W, S, FORMAT, TYPE, CAST_FP8, TILE, False, False,
+                state, queries, position, 0, tl.cdiv(sinks, TILE), low, sinks, NO_WINDOW, caches, table, kv_head,
+                num_kv_heads, scale, D, D0, P0, P1, W, S, FORMAT, TYPE, CAST_FP8, TILE, False, True,
             )  # fmt: skip
-        state = fold_tiles(
-            state, queries, position, first_tile, end_tile, window_low, stop, reach, caches, table, kv_head,
-            num_kv_heads, scale, D, D0, P0, P1, W, S, FORMAT, TYPE, CAST_FP8, TILE, WINDOWED, True,
-        )  # fmt: skip
 
-        top, total, least, sums0, sums1 = state
-        share = 1.0 / tl.where(total > 0.0, total, 1.0)
-        if FORMAT == "int8" or FORMAT == "int4":
-            sums0 += least[:, None]
-            sums1 += least[:, None]
-        place = token * (num_kv_heads * group) + head
-        if partial_out is None:
-            target = out + place * D
-        else:
-            place = place * num_splits + split
-            target = partial_out + place * D
-            tl.store(partial_top + place, top + tl.log2(total), mask=real)
-        store_part(target, sums0 * share[:, None], real, D0, P0)
-        if P1 > 0:
-            store_part(target + D0, sums1 * share[:, None], real, D - D0, P1)
+    base = window_low // TILE
+    num_tiles = tl.cdiv(stop, TILE) - base
+    per_split = tl.cdiv(num_tiles, num_splits)
+    first_tile = base + tl.minimum(split * per_split, num_tiles)
+    end_tile = tl.minimum(first_tile + per_split, base + num_tiles)
+    queries = load_queries(q + token * q_token + head * q_head, real, D, D0, P0, P1, FORMAT, TYPE)
+    if WHOLE_TILES:
+        first_whole = first_tile
+        if WINDOWED or hidden is not None:
+            whole_low = tl.maximum(window_low, stop - reach)
+            first_whole = tl.minimum(tl.maximum(tl.cdiv(whole_low, TILE), first_tile), end_tile)
+            state = fold_tiles(
+                state, queries, position, first_tile, first_whole, window_low, stop, reach, caches, table, kv_head,
+                num_kv_heads, scale, D, D0, P0, P1, W, S, FORMAT, TYPE, CAST_FP8, TILE, WINDOWED, True,
+            )  # fmt: skip
+        first_tile = tl.maximum(tl.minimum((lowest + 1) // TILE, end_tile), first_whole)
+        state = fold_tiles(
+            state, queries, position, first_whole, first_tile, window_low, stop, reach, caches, table, kv_head,
+            num_kv_heads, scale, D, D0, P0, P1, W, S, FORMAT, TYPE, CAST_FP8, TILE, False, False,
+        )  # fmt: skip
+    state = fold_tiles(
+        state, queries, position, first_tile, end_tile, window_low, stop, reach, caches, table, kv_head,
+        num_kv_heads, scale, D, D0, P0, P1, W, S, FORMAT, TYPE, CAST_FP8, TILE, WINDOWED, True,
+    )  # fmt: skip
+
+    top, total, least, sums0, sums1 = state
+    share = 1.0 / tl.where(total > 0.0, total, 1.0)
+    if FORMAT == "int8" or FORMAT == "int4":
+        sums0 += least[:, None]
+        sums1 += least[:, None]
+    place = token * (num_kv_heads * group) + head
+    if partial_out is None:
+        target = out + place * D
+    else:
+        place = place * num_splits + split
+        target = partial_out + place * D
+        tl.store(partial_top + place, top + tl.log2(total), mask=real)
+    store_part(target, sums0 * share[:, None], real, D0, P0)
+    if P1 > 0:
+        store_part(target + D0, sums1 * share[:, None], real, D - D0, P1)
 
 
 @triton.jit
@@ -155,31 +181,13 @@ def fold_tiles(
 ):  # fmt: skip
     """Attend to the tiles from ``first`` up to ``end``; if MASKED, to slots from ``low`` up to ``stop`` only."""
     key_cache, value_cache, key_numbers, value_numbers = caches
-    q0, q1, q_sum = queries
     for tile in range(first, end):
         top, total, least, sums0, sums1 = state
         slot = tile * TILE + tl.arange(0, TILE)
-        inside = (slot >= low) & (slot < stop)
-        if MASKED:
-            block = tl.load(table + slot // S, mask=inside, other=0)
-        else:
-            block = tl.load(table + slot // S)
-        row = (block.to(tl.int64) * num_kv_heads + kv_head) * S + slot % S
-
-        k0, k1 = load_codes(key_cache, row, inside, D, D0, P0, P1, W, FORMAT, TYPE, CAST_FP8, MASKED)
-        scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-        if P1 > 0:
-            scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
-        if FORMAT != "plain":
-            k_scale, k_least = load_scales(key_numbers, row, inside, D, W, FORMAT, CAST_FP8, MASKED)
-            scores = scores * k_scale[None, :]
-            if FORMAT != "fp8":
-                scores += q_sum[:, None] * k_least[None, :]
-        if MASKED:
-            seen = inside[None, :] & (slot[None, :] <= position[:, None])
-            if WINDOWED:
-                seen = seen & (position[:, None] - slot[None, :] < reach)
-            scores = tl.where(seen, scores, float("-inf"))
+        scores, row, inside = score_tile(
+            queries, position, slot, low, stop, reach, key_cache, key_numbers, table, kv_head, num_kv_heads,
+            D, D0, P0, P1, W, S, FORMAT, TYPE, CAST_FP8, WINDOWED, MASKED,
+        )  # fmt: skip
         powers, top, total, shrink = fold_scores(scores, scale, top, total)
 
         v0, v1 = load_codes(value_cache, row, inside, D, D0, P0, P1, W, FORMAT, TYPE, CAST_FP8, MASKED)
@@ -203,43 +211,12 @@ def fold_tiles(
 
 
 @triton.jit
-def load_queries(
-    start, real,
-    D: tl.constexpr, D0: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, FORMAT: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
-    """Both parts of the rows that begin at ``start`` [M], as TYPE, zeros where they are not real; and their sums."""
-    offsets0 = tl.arange(0, P0)
-    q0 = tl.load(start[:, None] + offsets0[None, :], mask=real[:, None] & (offsets0 < D0)[None, :], other=0.0)
-    q_sum = tl.sum(q0.to(tl.float32), 1)
-    q1 = q0
-    if P1 > 0:
-        offsets1 = tl.arange(0, P1)
-        inside = real[:, None] & (offsets1 < D - D0)[None, :]
-        q1 = tl.load(start[:, None] + D0 + offsets1[None, :], mask=inside, other=0.0)
-        q_sum += tl.sum(q1.to(tl.float32), 1)
-    return q0.to(TYPE), q1.to(TYPE), q_sum
-
-
-@triton.jit
 def store_part(start, x, real, WIDTH: tl.constexpr, P: tl.constexpr):
     """Rows x [M, P] to where they begin, ``start`` [M]."""
     offsets = tl.arange(0, P)
     tl.store(
         start[:, None] + offsets[None, :], x.to(start.dtype.element_ty), mask=real[:, None] & (offsets < WIDTH)[None, :]
     )
-
-
-@triton.jit
-def sequence_of_tile(query_start, tile, rows_queries, num_sequences):
-    """The last sequence b whose tiles begin at or before this one, ⌊query_start[b] / rows_queries⌋ + b."""
-    left, right = 0, num_sequences
-    while left < right:
-        middle = (left + right) // 2
-        if tl.load(query_start + middle) // rows_queries + middle <= tile:
-            left = middle + 1
-        else:
-            right = middle
-    return left - 1
 
 
 @triton.jit
@@ -316,12 +293,12 @@ def plan(
     if not tokens or not len(seq_lens):
         return out, []
     kv_heads, group = key_cache.shape[1], q_heads // key_cache.shape[1]
-    shape = rows_shape(q, key_cache, len(seq_lens), kv_format, gpu, "paged_attention.attend")
+    shape = rows_shape(q, key_cache, len(seq_lens), kv_format, gpu)
     splits = num_splits(shape, gpu, q_heads, block_tables.shape[1] * key_cache.shape[2])
-    partial_out = partial_top = None
+    parts = None
     if splits > 1:
-        partial_out = torch.empty((tokens, q_heads, splits, dims), dtype=torch.float32, device=q.device)
-        partial_top = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=q.device)
+        sums = torch.empty((tokens, q_heads, splits, dims), dtype=torch.float32, device=q.device)
+        parts = sums, torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=q.device)
     rows = aligned_rows(q)
     sink_rows = None if sinks is None else aligned_rows(sinks.q)
     values = {
@@ -338,8 +315,8 @@ def plan(
         "sink_counts": None if sinks is None else sinks.counts,
         "hidden": hidden,
         "out": out,
-        "partial_out": partial_out,
-        "partial_top": partial_top,
+        "partial_out": None if parts is None else parts[0],
+        "partial_top": None if parts is None else parts[1],
         "scale": scale * math.log2(math.e),
         "q_token": rows.stride(0),
         "q_head": rows.stride(1),
@@ -358,15 +335,15 @@ def plan(
             "paged_attention.attend",
             (shape.tiles, q_heads // shape.heads, splits),
             values,
-            shape.constants | limits,
+            {**shape.constants, **limits},
             counts=COUNTS,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
-            tensor_cores=q.dtype is not torch.float32,
+            tensor_cores=not shape.single_precision,
         )
     ]
-    if splits > 1:
-        launches.append(_plan_merge(partial_out, partial_top, out, gpu))
+    if parts is not None:
+        launches.append(_plan_merge(*parts, out, gpu))
     return out, launches
 
 
@@ -388,6 +365,6 @@ def _plan_merge(partial_out: Tensor, partial_top: Tensor, out: Tensor, gpu: GPU)
 def declared(gpu: GPU) -> Iterator[tuple[str, list[Launch]]]:
     """Each shape's launches; see `kernels/triton/registry.py`."""
     for shape in attention_shapes():
-        q, cache, *counts = shape.tensors()
+        q, cache, tables, starts, lengths = shape.tensors()
         limits = shape.window(), shape.sinks(), shape.hidden()
-        yield shape.name, plan(q, cache, cache, *counts, 0.125, *limits, shape.kv_format, gpu)[1]
+        yield shape.name, plan(q, cache, cache, tables, starts, lengths, 0.125, *limits, shape.kv_format, gpu)[1]

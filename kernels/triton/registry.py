@@ -11,7 +11,7 @@ from typing import Any, Final
 from kernels.triton.gpu import GPU
 from kernels.triton.variant import Variant
 
-OPERATIONS: Final = ("paged_attention",)
+OPERATIONS: Final = ("paged_attention", "attention_mass")
 """The files of `kernels/triton` that launch kernels."""
 
 

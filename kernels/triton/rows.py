@@ -33,12 +33,11 @@ class RowsShape:
     num_warps: int
     num_stages: int
     format: str
+    single_precision: bool
     constants: Mapping[str, Constant]
 
 
-def rows_shape(
-    q: Tensor, key_cache: Tensor, num_sequences: int, kv_format: KVFormat | None, gpu: GPU, kernel: str
-) -> RowsShape:
+def rows_shape(q: Tensor, key_cache: Tensor, num_sequences: int, kv_format: KVFormat | None, gpu: GPU) -> RowsShape:
     """Tiles for queries q [T, Hq, D] on a cache [blocks, Hkv, S, W]."""
     tokens, q_heads, dims = q.shape
     group = q_heads // key_cache.shape[1]
@@ -46,8 +45,8 @@ def rows_shape(
     kind = "decode" if tokens <= num_sequences else "few" if tokens <= 8 * num_sequences else "prefill"
     name = "plain" if kv_format is None or kv_format.dtype.is_floating_point else kv_format.name
     width = next(width for width in (64, 96, 128, 256) if dims <= width)
-    kinds = "float32" if q.dtype is torch.float32 else "plain" if name == "plain" else "quantized"
-    parameters = launch_parameters(kernel, gpu, f"{kind} {kinds} d{width}")
+    work = "float32" if q.dtype is torch.float32 else "integer" if name in ("int8", "int4") else name
+    parameters = launch_parameters("attention rows", gpu, f"{kind} {work} d{width}")
     least = heads if kind == "decode" else 4 * heads if kind == "few" else parameters["block_m"]
     block_m = max(16, triton.next_power_of_2(min(least, MAX_HEADS) if kind != "prefill" else max(least, heads)))
     queries = block_m // heads
@@ -68,7 +67,15 @@ def rows_shape(
     }
     tiles = num_sequences if kind == "decode" else tokens // queries + num_sequences
     return RowsShape(
-        kind, heads, tiles, parameters["tile"], parameters["num_warps"], parameters["num_stages"], name, constants
+        kind,
+        heads,
+        tiles,
+        parameters["tile"],
+        parameters["num_warps"],
+        parameters["num_stages"],
+        name,
+        q.dtype is torch.float32,
+        constants,
     )
 
 
@@ -86,7 +93,7 @@ def num_splits(shape: RowsShape, gpu: GPU, q_heads: int, max_slots: int) -> int:
 def aligned_rows(q: Tensor) -> Tensor:
     """q [T, heads, D], copied if rows begin elsewhere than at multiples of 16 elements; of a dimension of size 1 the
     stride does not matter."""
-    tokens, heads, dims = q.shape
+    _, heads, dims = q.shape
     strides = [stride if size > 1 else heads * dims for size, stride in zip(q.shape[:2], q.stride()[:2], strict=True)]
     if q.data_ptr() % 16 or any(stride % 16 for stride in strides):
         return q.contiguous() if not q.is_contiguous() else q.clone()

@@ -46,7 +46,7 @@ class Variant:
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """What Triton calls options. Multiply and add may always be one instruction, whatever a version's default is."""
+        """What Triton calls options. A product and a sum may be one instruction, whatever a version's default."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
@@ -57,6 +57,11 @@ class Launch:
     variant: Variant
     grid: tuple[int, int, int]
     values: Mapping[str, Value]
+
+    @property
+    def function(self) -> str:
+        """The kernel's name within its file."""
+        return self.variant.kernel.partition(".")[2]
 
     def run(self, kernel: Any) -> None:
         """Launch ``kernel``, the function that the variant names, on the current stream."""

@@ -1,11 +1,11 @@
-"""Triton's interpreter in a process of its own: the choice between it and the compiler is made when kernels are imported.
+"""Triton's interpreter in a process of its own, since importing a kernel decides between it and the compiler.
 
     interpreter.call("paged_attention", "paged_attention", q, …, gpu=H200)
 
 runs a function of `kernels/triton` on copies of its tensors, and brings back what it returned and what it wrote. Each
-tensor is copied to the end of its own memory pages, in which all else is poison, and behind which is a page that may not
-be touched. So a kernel that reads past a tensor shows NaN or dies, one that writes before it is caught, and what a kernel
-does not write is NaN: `torch.empty` is replaced by memory of the same kind.
+tensor is copied to the end of its own memory pages, in which all else is poison, and behind which is a page that may
+not be touched. So a kernel that reads past a tensor shows NaN or dies, one that writes before it is caught, and what a
+kernel does not write is NaN: `torch.empty` is replaced by memory of the same kind.
 """
 
 import ctypes
@@ -16,9 +16,9 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,11 @@ class Interpreter:
         if raised is not None:
             raise raised
         for ours, theirs in zip(_tensors((args, kwargs)), written, strict=True):
-            if not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
-                ours.copy_(theirs)
+            ours.copy_(theirs)
         return returned
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
 
 @dataclass
@@ -75,7 +72,9 @@ class Guards:
 
     def copy(self, x: Tensor) -> Tensor:
         """The same values and strides, in guarded memory. What a strided view leaves out is poison, too."""
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+        extent = (
+            1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+        )
         room = self.empty(extent, dtype=x.dtype)
         view = room.as_strided(x.shape, x.stride())
         view.copy_(x)
@@ -104,3 +103,108 @@ class Guards:
         """Raises AssertionError if anything was written before a tensor."""
         for pages, before, _ in self._pages:
             assert (np.frombuffer(pages, np.uint8, before) == 0xFF).all(), "a kernel wrote before a tensor"
+
+
+@contextmanager
+def guarded() -> Iterator[Guards]:
+    """While this lasts, torch.empty gives guarded memory."""
+    guards, torch_empty = Guards(), torch.empty
+    torch.empty = guards.empty  # type: ignore[assignment]
+    try:
+        yield guards
+    finally:
+        torch.empty = torch_empty
+    guards.check()
+
+
+def mend_bfloat16() -> None:
+    """The interpreter multiplies matrices of bfloat16 as if their bits were integers, and rounds to it toward zero.
+
+    So that kernels' numbers are those of a GPU, widen such matrices first, and round to nearest.
+    """
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot, cast_impl = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def rounding_cast(self: Any, x: Any, dtype: Any) -> Any:
+        if x.dtype.scalar != float32 or dtype.scalar != bfloat16:
+            return cast_impl(self, x, dtype)
+        rounded = torch.from_numpy(np.ascontiguousarray(x.data)).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.uint16).numpy(), bfloat16)
+
+    def create_wide_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        wide = [self.cast_impl(x, float32) if x.dtype.scalar == bfloat16 else x for x in (a, b)]
+        return create_dot(self, *wide, *rest)
+
+    InterpreterBuilder.create_dot = create_wide_dot
+    InterpreterBuilder.cast_impl = rounding_cast
+
+
+def check_variants() -> None:
+    """Hold every launch to the variant that it says it is: what Triton would make of its arguments' types."""
+    from kernels.triton.variant import Launch
+
+    run = Launch.run
+
+    def checked_run(self: Launch, kernel: Any) -> None:
+        assert kernel.__name__ == self.variant.kernel.partition(".")[2]
+        given = {*self.values, *dict(self.variant.constants)}
+        assert list(kernel.arg_names) == [name for name in kernel.arg_names if name in given]
+        assert given == set(kernel.arg_names)
+        run(self, kernel)
+
+    Launch.run = checked_run  # type: ignore[method-assign]
+
+
+def _serve(receive: Any, send: Any) -> None:
+    """Answer calls until there are no more."""
+    import importlib
+
+    mend_bfloat16()
+    check_variants()
+    np.seterr(all="ignore")
+    while True:
+        try:
+            file, function, args, kwargs = pickle.load(receive)
+        except EOFError:
+            return
+        raised = returned = None
+        written: list[Tensor] = []
+        try:
+            called: Callable[..., Any] = getattr(importlib.import_module(f"kernels.triton.{file}"), function)
+            with guarded() as guards:
+                args, kwargs = _each((args, kwargs), guards.copy)
+                returned = called(*args, **kwargs)
+            returned = _each(returned, torch.clone)
+            written = [x.clone() for x in _tensors((args, kwargs))]
+        except Exception as error:  # noqa: BLE001  # whatever it is, the test shall see it
+            raised = error
+        pickle.dump((raised, returned, written), send)
+        send.flush()
+
+
+def _each(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with every tensor changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(_each(one, change) for one in x))
+    if isinstance(x, (tuple, list)):
+        return type(x)(_each(one, change) for one in x)
+    if isinstance(x, dict):
+        return {key: _each(one, change) for key, one in x.items()}
+    return x
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    """All tensors of a structure, in order."""
+    found: list[Tensor] = []
+    _each(x, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what kernels print is not an answer
+    _serve(sys.stdin.buffer, answers)
