@@ -7,7 +7,7 @@ TORCH_ARGS ?=
 SERVE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat test check audit format bench clean
+.PHONY: help install serve chat test check audit format bench kernels clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  \033[1mmake %-8s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ format: $(VENV)/.installed-dev ## format the code and apply safe lint fixes
 
 bench: $(VENV)/.installed-dev ## load-test a server on 127.0.0.1:8000 (BENCH_ARGS="--concurrency 8" adds flags)
 	$(BIN)/octavo bench serve $(BENCH_ARGS)
+
+kernels: $(VENV)/.installed-dev ## compile every GPU kernel that has changed, and note what it compiles to; needs no GPU
+	$(BIN)/python -m bench.compile_kernels
 
 clean: ## remove the virtual environment and everything generated
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

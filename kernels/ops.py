@@ -1,8 +1,12 @@
 """Every operation that models need, one signature each: the only public surface of `kernels`.
 
-Tensors on a CPU go to the native library where it could be built and knows the dtype; all others go to the torch
-reference, which is also the oracle that the native code is tested against. The library is compiled at the first call,
-unless `load` was called before.
+Tensors on a CPU go to the native library where it could be built and knows the dtype; attention on a CUDA device goes
+to Triton's kernels where Triton is installed and they know the dtype and the head dimension; all else goes to the torch
+reference, which is also the oracle that the other two are tested against. The library is compiled at the first call,
+unless `load` was called before; Triton is imported at the first that needs it. Whoever wants to choose for attention
+names an `AttentionBackend`.
+
+What is said to raise IndexError does on a CPU; on a GPU nobody looks, as that would mean to wait for it.
 
 Letters in shapes: T query tokens of the flattened batch, B sequences, Hq and Hkv query and KV heads, D head dimension,
 S slots per cache block, M columns of the block tables, R rotated dimensions.
@@ -11,9 +15,15 @@ Where an operation takes a `kv_format`, its caches hold rows of that format, [bl
 the queries' dtype, W = D. Rows are decoded in float32, and may be rounded to the queries' dtype.
 """
 
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from kernels.attention_backend import AttentionBackend
 from kernels.counted import Counted
 from kernels.cpu import dense
 from kernels.cpu.dense import LinearWeight
@@ -35,6 +45,7 @@ from kernels.sinks import Sinks
 
 __all__ = [
     "KV_FORMATS",
+    "AttentionBackend",
     "Counted",
     "GroupQuantized",
     "KVFormat",
@@ -105,6 +116,7 @@ def paged_attention(
     sinks: Sinks | None = None,
     hidden: Tensor | None = None,
     kv_format: KVFormat | None = None,
+    backend: AttentionBackend | None = None,
 ) -> Tensor:
     """Causal attention of variable-length queries over the paged cache, in which this step's keys already lie.
 
@@ -117,9 +129,15 @@ def paged_attention(
     slots nobody sees of a sequence at a KV head; query heads that see none at all get zeros.
 
     Returns contiguous [T, Hq, D] in q's dtype, accumulated in float32. Slots that no query of a sequence sees are not
-    used, whatever they hold. Raises IndexError if a needed block does not exist.
+    used, whatever they hold. Raises IndexError if a needed block does not exist, and ValueError if a ``backend`` is
+    named that cannot do this.
     """
-    if (ops := _native_for(q)) is not None:
+    if (kernels := _triton_for(q, backend)) is not None:
+        out: Tensor = kernels.paged_attention(
+            q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks, hidden, kv_format
+        )
+        return out
+    if backend is None and (ops := _native_for(q)) is not None:
         return ops.paged_attention(
             q, key_cache, value_cache, block_tables, query_start, seq_lens, scale, window, sinks, hidden, kv_format
         )
@@ -139,6 +157,7 @@ def attention_mass(
     counted: Counted,
     hidden: Tensor | None = None,
     kv_format: KVFormat | None = None,
+    backend: AttentionBackend | None = None,
 ) -> None:
     """Count the attention that each slot gets from this step's queries.
 
@@ -146,7 +165,12 @@ def attention_mass(
     windows. mass float32 [blocks, Hkv, S] is paged like the keys: KV head h's entries grow by the sum over the queries
     that count and over the query heads that read h, on top of what is kept; see `Counted`.
     """
-    if (ops := _native_for(q)) is not None:
+    if (kernels := _triton_for(q, backend)) is not None:
+        kernels.attention_mass(
+            q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted, hidden, kv_format
+        )
+        return None
+    if backend is None and (ops := _native_for(q)) is not None:
         return ops.attention_mass(
             q, key_cache, block_tables, query_start, seq_lens, scale, mass, counted, hidden, kv_format
         )
@@ -216,3 +240,21 @@ def _native_for(x: Tensor) -> NativeOps | None:
         return None
     torch.get_num_threads()  # makes OpenMP, which counts its threads per calling thread, follow torch.set_num_threads
     return native()
+
+
+def _triton_for(q: Tensor, backend: AttentionBackend | None) -> Any:
+    """`kernels.triton.ops`, where it is to compute attention. Raises ValueError if it was asked for and cannot."""
+    if backend == "torch" or (backend is None and not q.is_cuda):
+        return None
+    kernels = _triton()
+    if kernels is not None and kernels.supports(q.dtype, q.shape[-1]):
+        return kernels
+    if backend is None:
+        return None
+    lacking = "Triton is not installed" if kernels is None else f"no kernel for {q.dtype} and {q.shape[-1]} dimensions"
+    raise ValueError(f"attention by triton: {lacking}")
+
+
+@functools.cache
+def _triton() -> Any:
+    return None if importlib.util.find_spec("triton") is None else importlib.import_module("kernels.triton.ops")

@@ -3,13 +3,14 @@
 import platform
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from kernels.cpu.library import default_cache_dir, native, open_library
 from kernels.cpu.native import NativeOps
+from tests.kernels.interpreter import Interpreter
 
 
 def _builds() -> list[str]:
@@ -57,3 +58,11 @@ def strided() -> Callable[[torch.Tensor], torch.Tensor]:
         return wide[..., 1 : 1 + x.shape[-2], :]
 
     return view
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    """Triton's interpreter, for kernels on a machine without a GPU."""
+    process = Interpreter()
+    yield process
+    process.close()
