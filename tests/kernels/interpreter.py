@@ -1,8 +1,8 @@
 """Triton's interpreter in a process of its own, since importing a kernel decides between it and the compiler.
 
-    interpreter.call("paged_attention", "paged_attention", q, …, gpu=H200)
+    interpreter.call("kernels.triton.paged_attention", "paged_attention", q, …, gpu=H200)
 
-runs a function of `kernels/triton` on copies of its tensors, and brings back what it returned and what it wrote. Each
+runs a function there on copies of its tensors, and brings back what it returned and what it wrote. Each
 tensor is copied to the end of its own memory pages, in which all else is poison, and behind which is a page that may
 not be touched. So a kernel that reads past a tensor shows NaN or dies, one that writes before it is caught, and what a
 kernel does not write is NaN: `torch.empty` is replaced by memory of the same kind.
@@ -41,12 +41,12 @@ class Interpreter:
             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         )
 
-    def call(self, file: str, function: str, *args: Any, **kwargs: Any) -> Any:
+    def call(self, module: str, function: str, *args: Any, **kwargs: Any) -> Any:
         """What the function returns. Tensors that it was given are changed as it changed them."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        pickle.dump((file, function, args, kwargs), process.stdin)
+        pickle.dump((module, function, args, kwargs), process.stdin)
         process.stdin.flush()
         try:
             raised, returned, written = pickle.load(process.stdout)
@@ -166,13 +166,13 @@ def _serve(receive: Any, send: Any) -> None:
     np.seterr(all="ignore")
     while True:
         try:
-            file, function, args, kwargs = pickle.load(receive)
+            module, function, args, kwargs = pickle.load(receive)
         except EOFError:
             return
         raised = returned = None
         written: list[Tensor] = []
         try:
-            called: Callable[..., Any] = getattr(importlib.import_module(f"kernels.triton.{file}"), function)
+            called: Callable[..., Any] = getattr(importlib.import_module(module), function)
             with guarded() as guards:
                 args, kwargs = _each((args, kwargs), guards.copy)
                 returned = called(*args, **kwargs)

@@ -26,7 +26,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 
 
 def check(interpreter: Interpreter, case: AttentionCase, gpu: GPU = SMALL) -> None:
-    actual = interpreter.call("paged_attention", "paged_attention", *case.arguments(), gpu=gpu)
+    actual = interpreter.call("kernels.triton.paged_attention", "paged_attention", *case.arguments(), gpu=gpu)
     assert_equals_reference(actual, case, float32_tolerance=2e-5)
 
 
@@ -97,7 +97,7 @@ def test_limits_of_one_sequence_leave_its_neighbours_as_they_are(interpreter: In
     windows, counts = torch.tensor([[0, 0, 10], [0, 0, 4]], dtype=torch.int32)
     limited = replace(plain, sinks=Sinks(windows, counts, torch.full_like(plain.q, torch.nan)))
     expected, actual = (
-        interpreter.call("paged_attention", "paged_attention", *case.arguments(), gpu=H200)[:31]
+        interpreter.call("kernels.triton.paged_attention", "paged_attention", *case.arguments(), gpu=H200)[:31]
         for case in (plain, limited)
     )
     torch.testing.assert_close(actual, expected, rtol=2**-9, atol=2**-9)
@@ -114,13 +114,17 @@ def test_hidden_slots_are_as_if_they_were_not_there(interpreter: Interpreter, gp
 def test_large_scores_neither_overflow_nor_vanish(interpreter: Interpreter) -> None:
     case = make_case([(1, 200), (30, 30)], kv_heads=1)
     case = replace(case, q=case.q * 30)
-    actual = interpreter.call("paged_attention", "paged_attention", *case.arguments(), gpu=H200)
+    actual = interpreter.call("kernels.triton.paged_attention", "paged_attention", *case.arguments(), gpu=H200)
     assert_equals_reference(actual, case, float32_tolerance=2e-4)
 
 
 def test_a_step_without_queries_returns_nothing(interpreter: Interpreter) -> None:
     case = make_case([(0, 5), (0, 70)], dtype=torch.float16)
-    assert interpreter.call("paged_attention", "paged_attention", *case.arguments(), gpu=H200).shape == (0, 6, 64)
+    assert interpreter.call("kernels.triton.paged_attention", "paged_attention", *case.arguments(), gpu=H200).shape == (
+        0,
+        6,
+        64,
+    )
 
 
 def test_queries_at_odd_addresses_are_copied(interpreter: Interpreter) -> None:
@@ -143,4 +147,4 @@ def test_arguments_that_do_not_fit_each_other_are_refused(interpreter: Interpret
         replace(case, sinks=Sinks(case.seq_lens, case.seq_lens, case.q[:, :3])),
     ):
         with pytest.raises(ValueError, match="attention: "):
-            interpreter.call("paged_attention", "paged_attention", *wrong.arguments(), gpu=H200)
+            interpreter.call("kernels.triton.paged_attention", "paged_attention", *wrong.arguments(), gpu=H200)

@@ -22,7 +22,14 @@ def check(interpreter: Interpreter, case: AttentionCase, mass: Tensor, counts: C
     attention_mass(*arguments(case.in_float32()), expected, counts, case.hidden)
     actual = mass.clone()
     interpreter.call(
-        "attention_mass", "attention_mass", *arguments(case), actual, counts, case.hidden, case.kv_format, gpu=gpu
+        "kernels.triton.attention_mass",
+        "attention_mass",
+        *arguments(case),
+        actual,
+        counts,
+        case.hidden,
+        case.kv_format,
+        gpu=gpu,
     )
     tolerance = 1e-4 if case.q.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
@@ -57,4 +64,6 @@ def test_arguments_that_do_not_fit_each_other_are_refused(interpreter: Interpret
     mass, long = torch.zeros(case.key_cache.shape[:3]), counts._replace(kept=counts.kept.long())
     for wrong_mass, wrong_counts in ((mass[1:], counts), (mass.double(), counts), (mass, long)):
         with pytest.raises(ValueError, match="attention: "):
-            interpreter.call("attention_mass", "attention_mass", *arguments(case), wrong_mass, wrong_counts, gpu=SMALL)
+            interpreter.call(
+                "kernels.triton.attention_mass", "attention_mass", *arguments(case), wrong_mass, wrong_counts, gpu=SMALL
+            )
