@@ -97,6 +97,9 @@ class ServerConfig(LogConfig):
     drain_timeout: float = setting(
         30.0, number(0, 86400), "seconds that running requests get to finish on SIGTERM", metavar="S"
     )
+    receive_timeout: float = setting(
+        60.0, number(0.1, 86400), "seconds within which a request must have come, its body included", metavar="S"
+    )
     send_timeout: float = setting(
         60.0, number(0.1, 86400), "seconds after which a client that does not read is cut off", metavar="S"
     )

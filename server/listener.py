@@ -6,12 +6,16 @@ import logging
 import math
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import partial
+from http import HTTPStatus
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from engine.errors import ConfigError
 from server.config import ServerConfig
@@ -25,6 +29,9 @@ logger = logging.getLogger("octavo.server")
 MAX_HEADER_SIZE = 64 * 1024
 """Bytes of a request's line and headers, at most: the parser itself takes 20 MB and more."""
 
+MAX_SENT_AHEAD = 16
+"""Requests of a connection that have no answer yet, at most: each further one would take memory for nothing."""
+
 _WATCH_PERIOD = 1.0
 _WATCH_PATIENCE = 2
 """Failed looks at the engine's health, a period apart, until the server gives up."""
@@ -34,22 +41,60 @@ LAST_WORDS = 2
 
 
 class Http(HttpToolsProtocol):
-    """HTTP/1.1 with limited headers, and with malformed HTTP refused in OpenAI's shape."""
+    """HTTP/1.1 with limits: on the size of headers, on the time in which a request comes, on requests sent ahead.
 
-    _unfinished = 0  # bytes received since the headers began, while they are incomplete
+    What is malformed is refused in OpenAI's shape. Once a client is gone, all its requests are told, those too that
+    wait behind another one of the same connection; uvicorn tells the last one only.
+    """
+
+    def __init__(self, *args: Any, receive_timeout: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._receive_timeout = receive_timeout
+        self._too_late: asyncio.TimerHandle | None = None
+        self._unfinished = 0  # bytes received since the headers began, while they are incomplete
+        self._unanswered: deque[RequestResponseCycle] = deque()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client is there, and has to say something."""
+        super().connection_made(transport)
+        self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        self._expect_nothing()
+        super().connection_lost(exc)
+        self._give_up()
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
         self._unfinished = 1
+        self._expect_request()
 
     def on_headers_complete(self) -> None:
         """Its headers are complete."""
         self._unfinished = 0
         super().on_headers_complete()
+        self._unanswered.append(self.cycle)
+        if len(self._unanswered) > MAX_SENT_AHEAD:
+            self._hang_up()
+        elif self.pipeline:
+            self.flow.resume_reading()  # only who reads hears that the client has left
+
+    def on_message_complete(self) -> None:
+        """All of it is there."""
+        self._expect_nothing()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The oldest request has its answer."""
+        self._unanswered.popleft()
+        super().on_response_complete()
 
     def data_received(self, data: bytes) -> None:
         """Bytes came in."""
+        if self.transport.is_closing():
+            return
         super().data_received(data)
         if self._unfinished:
             self._unfinished += len(data)
@@ -58,13 +103,49 @@ class Http(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not even HTTP, and hang up."""
+        self._refuse(400, msg)
+
+    def _expect_request(self) -> None:
+        """A whole request must come in time from now on."""
+        self._expect_nothing()
+        self._too_late = self.loop.call_later(self._receive_timeout, self._on_too_late)
+
+    def _expect_nothing(self) -> None:
+        if self._too_late is not None:
+            self._too_late.cancel()
+            self._too_late = None
+
+    def _on_too_late(self) -> None:
+        begun = self._unfinished or (self._unanswered and not self._unanswered[-1].response_started)
+        if begun:
+            self._refuse(408, f"The request was not complete within {self._receive_timeout:g} seconds.")
+        else:  # nobody waits for an answer: nothing came at all, or it was refused before it was complete
+            self._hang_up()
+
+    def _refuse(self, status: int, msg: str) -> None:
+        """The last words on this connection."""
+        if self.transport.is_closing():
+            return
         request_id = new_request_id()
-        logger.debug("malformed HTTP: %s", msg, extra=about(request_id))
-        body = json.dumps(error_body(400, msg)).encode()
-        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        head += f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+        logger.debug("HTTP %d: %s", status, msg, extra=about(request_id))
+        body = json.dumps(error_body(status, msg)).encode()
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\nconnection: close\r\n\r\n"
         self.transport.write(head.encode() + body)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        self._expect_nothing()
         self.transport.close()
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Nobody waits for any answer any more."""
+        self.pipeline.clear()
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._unanswered.clear()
 
 
 class Server(uvicorn.Server):
@@ -163,7 +244,7 @@ def make_server(app: FastAPI, config: ServerConfig, on_ready: Callable[[], None]
         host=config.host,
         port=config.port,
         loop="uvloop",
-        http=Http,
+        http=cast(type[asyncio.Protocol], partial(Http, receive_timeout=config.receive_timeout)),
         ws="none",
         lifespan="off",
         log_config=None,

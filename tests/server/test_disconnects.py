@@ -1,5 +1,6 @@
 """A client that leaves, or does not read, costs nothing from that moment on."""
 
+import contextlib
 import json
 import socket
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from server.config import ServerConfig
+from server.listener import MAX_SENT_AHEAD
 from tests.server.conftest import Live, wait_until
 from tests.server.fakes import FakeEngine
 
@@ -76,3 +78,86 @@ def test_a_failing_prompt_takes_its_siblings_with_it(live: Live) -> None:
     live.engine.fail_after = 2
     assert live.http.post("/v1/completions", json={"prompt": ["a", "b", "c"]}).status_code == 500
     assert wait_until(lambda: not live.engine.open, 0.5)
+
+
+def test_who_leaves_with_requests_sent_ahead_ends_the_one_that_runs_and_begins_no_other(live: Live) -> None:
+    live.engine.pace = 0.01
+    submitted = len(live.engine.submitted)
+    content = json.dumps({"prompt": "x", "max_tokens": 200, "ignore_eos": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(content)
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall((head + content) * 3)
+        assert wait_until(lambda: len(live.engine.open) == 1)
+        time.sleep(0.03)
+    assert wait_until(lambda: not live.engine.open, 0.5)
+    assert live.engine.submitted[-1].aborted
+    assert len(live.engine.submitted) == submitted + 1
+
+
+def test_requests_sent_ahead_are_answered_in_order(live: Live) -> None:
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+        received = b""
+        while b"version" not in received:
+            received += connection.recv(65536)
+    assert received.count(b"HTTP/1.1 200 OK") == 2
+    assert received.index(b'"status"') < received.index(b'"version"')
+
+
+def test_who_sends_too_many_ahead_is_cut_off(live: Live) -> None:
+    live.engine.pace = 30
+    content = json.dumps({"prompt": "x"}).encode()
+    with connect(live, {"prompt": "x"}) as connection:
+        assert wait_until(lambda: len(live.engine.open) == 1)
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(content)
+        connection.sendall((head + content) * MAX_SENT_AHEAD)
+        assert connection.recv(1) == b""
+    assert wait_until(lambda: not live.engine.open, 0.5)
+
+
+@pytest.fixture
+def impatient(start: Callable[..., Live]) -> Live:
+    return start(FakeEngine(), ServerConfig(port=0, receive_timeout=0.1))
+
+
+SLOW = {
+    "nothing": b"",
+    "half of the headers": b"POST /v1/completions HTTP/1.1\r\nhost:",
+    "half of the body": b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"prompt": "x',
+}
+
+
+@pytest.mark.parametrize("begun", SLOW)
+def test_a_request_that_does_not_come_to_its_end_is_cut_off(impatient: Live, begun: str) -> None:
+    host, port = impatient.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(SLOW[begun])
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+    head, _, body = received.partition(b"\r\n\r\n")
+    if begun == "nothing":
+        assert received == b""
+    else:
+        assert head.startswith(b"HTTP/1.1 408 Request Timeout")
+        assert json.loads(body)["error"]["type"] == "timeout_error"
+    assert not impatient.engine.submitted
+
+
+def test_letter_by_letter_a_request_gets_no_more_time(impatient: Live) -> None:
+    host, port = impatient.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=0.05) as connection:
+        received, began = b"", time.monotonic()
+        connection.sendall(b"GET /health HTTP/1.1\r\nx-slow: ")
+        while not received and time.monotonic() < began + 5:
+            connection.sendall(b"a")
+            with contextlib.suppress(TimeoutError):
+                received = connection.recv(65536)
+    assert received.startswith(b"HTTP/1.1 408")
+
+
+def test_who_takes_longer_to_answer_than_a_client_may_to_ask_is_not_cut_off(impatient: Live) -> None:
+    impatient.engine.pace = 0.3
+    assert impatient.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
