@@ -228,10 +228,13 @@ def linear(x: Tensor, weight: LinearWeight | PackedGroups, bias: Tensor | None =
     magnitude / 127. Products of codes are exact, sums over groups in float32. A row with an infinity or NaN gives no
     finite number.
     """
+    if x.dim() != 2:
+        product = linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return product.view(*x.shape[:-1], product.shape[-1])
     if isinstance(weight, PackedGroups):
         ops = _native_for(x)
         assert ops is not None, "it packed the weight"
-        return ops.linear_groups(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.outputs)
+        return ops.linear_groups(x, weight, bias)
     return dense.linear(x, weight, bias)
 
 

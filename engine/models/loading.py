@@ -62,9 +62,8 @@ class Loader:
         """Tensors laid one below the other in their own codes, if all have some that the device multiplies."""
         if not self._keep_quantized or any(self._source.shape(name) != (rows, columns) for name, rows in parts):
             return None  # wrong shapes are the other path's to tell
-        weights = [self._source.group_quantized(name) for name, _ in parts]
-        found = [weight for weight in weights if weight is not None]
-        packed = ops.pack_groups(ops.stack(found)) if len(found) == len(weights) else None
+        found = [weight for name, _ in parts if (weight := self._source.group_quantized(name)) is not None]
+        packed = ops.pack_groups(ops.stack(found)) if len(found) == len(parts) else None
         if packed is None:
             return None
         self._progress(packed.inputs * packed.outputs * self._dtype.itemsize)

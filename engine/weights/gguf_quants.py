@@ -4,7 +4,7 @@ The types that most files use are unpacked by torch, a chunk of blocks at a time
 (Q5_0, Q5_1 and the K-quants) go through the `gguf` package, imported only then.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -35,10 +35,10 @@ def dequantize_into(raw: Tensor, stored: QuantType, out: Tensor) -> None:
         out.copy_(raw.view(_PLAIN[stored.name]))
         return
     blocks, values = raw.view(-1, stored.nbytes), out.view(-1, stored.block)
-    unpack = _UNPACK.get(stored.name)
     for start in range(0, len(blocks), _CHUNK_BLOCKS):
         chunk = blocks[start : start + _CHUNK_BLOCKS]
-        values[start : start + _CHUNK_BLOCKS] = unpack(chunk) if unpack else _by_gguf(chunk, stored)
+        kept = group_quantized(chunk, stored)
+        values[start : start + _CHUNK_BLOCKS] = _by_gguf(chunk, stored) if kept is None else kept.dequantize()
 
 
 def group_quantized(raw: Tensor, stored: QuantType) -> GroupQuantized | None:
@@ -66,31 +66,9 @@ def _float16(blocks: Tensor, start: int) -> Tensor:
     return blocks[..., start : start + 2].contiguous().view(torch.float16).squeeze(-1)
 
 
-def _half(blocks: Tensor, start: int) -> Tensor:
-    """The little-endian float16 at byte ``start`` of each block, as float32 [blocks, 1]."""
-    return _float16(blocks, start).float().unsqueeze(-1)
-
-
 def _nibbles(packed: Tensor) -> Tensor:
     """[..., 16] bytes → [..., 2, 16]: the low halves are a block's first 16 elements, the high ones its last."""
     return torch.stack((packed & 15, packed >> 4), dim=-2)
-
-
-def _q4_0(blocks: Tensor) -> Tensor:
-    values = _nibbles(blocks[:, 2:]).view(-1, 32).float().sub_(8)
-    return values.mul_(_half(blocks, 0))
-
-
-def _q4_1(blocks: Tensor) -> Tensor:
-    values = _nibbles(blocks[:, 4:]).view(-1, 32).float()
-    return values.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
-
-
-def _q8_0(blocks: Tensor) -> Tensor:
-    return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
-
-
-_UNPACK: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
 
 
 def _by_gguf(blocks: Tensor, stored: QuantType) -> Tensor:

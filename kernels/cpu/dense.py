@@ -55,14 +55,12 @@ def pack_linear(weight: Tensor) -> LinearWeight:
 
 
 def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times the transpose of a weight [N, K] as `pack_linear` returned it, plus bias [N]: [..., N]."""
+    """x [T, K] times the transpose of a weight [N, K] as `pack_linear` returned it, plus bias [N]: [T, N]."""
     if isinstance(weight, PackedWeight):
         ops = _own_kernel()
         assert ops is not None, "it packed the weight"
         torch.get_num_threads()  # as in kernels.ops: makes OpenMP follow torch.set_num_threads in this thread too
-        if x.dim() == 2:
-            return ops.linear(x, weight, bias)
-        return ops.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.outputs)
+        return ops.linear(x, weight, bias)
     if weight.is_mkldnn:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product

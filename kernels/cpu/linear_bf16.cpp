@@ -15,12 +15,12 @@
 #include <cstring>
 #include <utility>
 
+#include "parallel.h"
+
 namespace {
 
 constexpr int kPanel = 32;      // outputs in a panel: two vectors of sums
 constexpr int kTileRows = 12;   // 12 · 2 sums, 2 vectors of weights and a pair of inputs fit into 32 registers
-constexpr int64_t kBlockBytes = 256 << 10;  // of x for each pass over the panels: stays in the L2 cache beside them
-constexpr int kChunksPerPass = 16;  // pieces that threads take at a time: few, yet enough to even out a slow thread
 
 struct Arguments {
     const uint16_t* x;  // [rows, inputs]
@@ -128,14 +128,8 @@ void multiply_panel(const Arguments& a, int64_t begin, int64_t end, int64_t pane
 
 extern "C" void octavo_linear_bf16(const Arguments* arguments) {
     const Arguments& a = *arguments;
-    const int64_t block = std::max<int64_t>(kTileRows, kBlockBytes / (2 * a.inputs) / kTileRows * kTileRows);
-    const int64_t blocks = (a.rows + block - 1) / block, panels = a.panels();
-    const int64_t chunk = std::max<int64_t>(1, panels / kChunksPerPass);
-#pragma omp parallel for schedule(dynamic, chunk)
-    for (int64_t item = 0; item < blocks * panels; ++item) {
-        const int64_t begin = item / panels * block;
-        multiply_panel(a, begin, std::min(begin + block, a.rows), item % panels);
-    }
+    parallel_for_panels(a.rows, 2 * a.inputs, kTileRows, a.panels(),
+                        [&](int64_t begin, int64_t end, int64_t panel) { multiply_panel(a, begin, end, panel); });
 }
 
 struct Packing {

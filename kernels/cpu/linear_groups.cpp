@@ -23,14 +23,12 @@
 namespace {
 
 constexpr int kGroup = 32;     // inputs that share a scale
-constexpr int kPanel = 16;     // outputs in a panel
+constexpr int kPanel = kOutputs;
 #if defined(__AVX512F__)
 constexpr int kTileRows = 12;  // 12 integer and 12 float sums, codes and scales fit into 32 registers
 #else
 constexpr int kTileRows = 3;
 #endif
-constexpr int64_t kBlockBytes = 256 << 10;  // of x for each pass over the panels: stays in the L2 cache beside them
-constexpr int kChunksPerPass = 16;  // pieces that threads take at a time: few, yet enough to even out a slow thread
 
 template <class T>
 struct Arguments {
@@ -159,7 +157,7 @@ void store_tile(const Arguments<T>& a, int64_t row, int64_t rows, int64_t panel,
 template <class T, int kBits, bool kMinimum>
 void multiply(const Arguments<T>& a) {
     using Format = Layout<kBits, kMinimum>;
-    const int64_t groups = a.groups(), panels = a.panels();
+    const int64_t groups = a.groups();
     const Rows x(a.rows, a.inputs);
     parallel_for(a.rows, a.rows * a.inputs, [&](int64_t row) {
         for (int64_t g = 0; g < groups; ++g)
@@ -167,13 +165,8 @@ void multiply(const Arguments<T>& a) {
                      &x.scale[row * groups + g], &x.total[row * groups + g], &x.at_zero[row * groups + g],
                      Format::kZero);
     });
-    const int64_t block = std::max<int64_t>(kTileRows, kBlockBytes / a.inputs / kTileRows * kTileRows);
-    const int64_t blocks = (a.rows + block - 1) / block;
-    const int64_t chunk = std::max<int64_t>(1, panels / kChunksPerPass);
-#pragma omp parallel for schedule(dynamic, chunk)
-    for (int64_t item = 0; item < blocks * panels; ++item) {
-        const int64_t begin = item / panels * block, rows = std::min(block, a.rows - begin), panel = item % panels;
-        const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    parallel_for_panels(a.rows, a.inputs, kTileRows, a.panels(), [&](int64_t begin, int64_t end, int64_t panel) {
+        const int64_t rows = end - begin, tiles = (rows + kTileRows - 1) / kTileRows;
         const uint8_t* weight = a.packed + panel * groups * Format::kGroupBytes;
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t row = begin + rows * tile / tiles, count = begin + rows * (tile + 1) / tiles - row;
@@ -181,7 +174,7 @@ void multiply(const Arguments<T>& a) {
             tile_function<kBits, kMinimum>(count, std::make_integer_sequence<int, kTileRows>())(x, row, weight, sums);
             store_tile(a, row, count, panel, sums);
         }
-    }
+    });
 }
 
 template <class T>

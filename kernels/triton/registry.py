@@ -1,8 +1,7 @@
 """Every kernel variant that Octavo launches, by a name that people can read.
 
 An operation's file lists in `declared` the launches that it plans for the shapes that matter, on torch's `meta` device.
-`bench/compile_kernels.py` compiles them; `tests/kernels/test_compiled.py` holds them to `compiled.json`. A new
-operation needs its file, and a line in `OPERATIONS`.
+`bench/compile_kernels.py` compiles them. A new operation needs its file, and a line in `OPERATIONS`.
 """
 
 import importlib

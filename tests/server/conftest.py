@@ -93,3 +93,10 @@ def start() -> Iterator[Callable[..., Live]]:
     """Start a server of one's own."""
     with contextlib.ExitStack() as stack:
         yield lambda *args, **kwargs: stack.enter_context(running(*args, **kwargs))
+
+
+@pytest.fixture(scope="module")
+def wide() -> Iterator[Live]:
+    """A fake engine with room for tools in its prompts."""
+    with running(FakeEngine(max_model_len=100_000)) as live:
+        yield live

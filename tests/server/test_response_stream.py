@@ -1,7 +1,6 @@
 """The events of /v1/responses: in order, numbered, and together the whole answer."""
 
 import json
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
@@ -9,8 +8,8 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from engine.errors import InvalidRequestError, RequestTimeoutError
-from tests.server.conftest import Live, running
-from tests.server.fakes import SENTENCE, FakeEngine
+from tests.server.conftest import Live
+from tests.server.fakes import SENTENCE
 from tests.server.obedient import obedient
 from tests.server.refusals import check_error
 from tests.server.scripted import staged
@@ -19,13 +18,6 @@ from tests.server.test_tools import CALL
 
 PATH = "/v1/responses"
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-
-
-@pytest.fixture(scope="module")
-def wide() -> Iterator[Live]:
-    """A fake engine with room for tools in its prompts."""
-    with running(FakeEngine(max_model_len=100_000)) as live:
-        yield live
 
 
 def events_of(live: Live, **fields: Any) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from engine.memory import MemoryPlan
 from server.config import ServerConfig
-from tests.server.conftest import Live, running, wait_until
+from tests.server.conftest import Live, wait_until
 from tests.server.fakes import FakeEngine, byte_tokenizer
 from tests.server.obedient import obedient
 from tests.server.refusals import check_error
@@ -21,13 +21,6 @@ from tests.server.test_tools import CALL, NATIVE, SCHEMA
 PATH = "/v1/responses"
 WEATHER = {"type": "function", "name": "weather", "description": "The weather.", "parameters": SCHEMA}
 CLOCK = {"type": "function", "name": "clock"}
-
-
-@pytest.fixture(scope="module")
-def wide() -> Iterator[Live]:
-    """A fake engine with room for tools in its prompts."""
-    with running(FakeEngine(max_model_len=100_000)) as live:
-        yield live
 
 
 @pytest.fixture(scope="module")

@@ -34,15 +34,6 @@ NATIVE = (
 
 
 @pytest.fixture(scope="module")
-def wide() -> Iterator[Live]:
-    """A fake engine with room for tools in its prompts."""
-    from tests.server.conftest import running
-
-    with running(FakeEngine(max_model_len=100_000)) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
     """A real engine around a model that says as little as its grammar lets it."""
     from engine.memory import MemoryPlan
